@@ -1,0 +1,198 @@
+"""Typed configuration: an ml_collections ConfigDict becomes frozen dataclasses, and every wrong key is an error.
+
+Config files say what to do, these classes say what can be said. An unknown key is answered with the nearest known
+one, a missing key with its type, a mistyped value with the type that was expected. Nothing reads a ConfigDict after
+this point, so no default hides in a `.get`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def _fail(path: str, message: str) -> typing.NoReturn:
+    raise ValueError(f"config key '{path}': {message}")
+
+
+def _coerce(value: Any, expected: Any, path: str) -> Any:
+    """Returns `value` as type `expected`, or raises ValueError naming `path`."""
+    origin = typing.get_origin(expected)
+    if expected is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(expected)
+        if value is None and type(None) in options:
+            return None
+        for option in (o for o in options if o is not type(None)):
+            try:
+                return _coerce(value, option, path)
+            except ValueError as error:
+                last = error
+        raise last
+    if dataclasses.is_dataclass(expected):
+        if not isinstance(value, Mapping):
+            _fail(path, f"must be a group of keys ({expected.__name__}), not {value!r}")
+        return from_mapping(typing.cast(type, expected), value, path)
+    if origin is typing.Literal:
+        allowed = typing.get_args(expected)
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), [str(a) for a in allowed], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            _fail(path, f"{value!r} is not one of {', '.join(map(repr, allowed))}{hint}")
+        return value
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)):
+            _fail(path, f"must be a list, not {value!r}")
+        item_type = typing.get_args(expected)[0]
+        return tuple(_coerce(item, item_type, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            _fail(path, f"must be a mapping, not {value!r}")
+        value_type = typing.get_args(expected)[1]
+        return {str(key): _coerce(item, value_type, f"{path}.{key}") for key, item in value.items()}
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if expected is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        _fail(path, f"must be of type {expected.__name__}, not {value!r}")
+    return value
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """Builds the frozen dataclass `cls` from nested mappings (a ConfigDict is one).
+
+    Raises:
+      ValueError: unknown key (with the nearest known one), missing key, or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
+    dotted = f"{path}." if path else ""
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1)
+            hint = f"did you mean '{dotted}{near[0]}'?" if near else f"known keys: {', '.join(fields)}"
+            _fail(f"{dotted}{key}", f"unknown; {hint}")
+    built = {}
+    for name, field in fields.items():
+        if name in values:
+            built[name] = _coerce(values[name], hints[name], f"{dotted}{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            _fail(f"{dotted}{name}", f"missing; set it to a value of type {hints[name]}")
+    return cls(**built)
+
+
+def to_json(config: Any) -> str:
+    """The resolved config as stable, indented JSON: what a workdir's `config.json` holds."""
+    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1: whatever devices remain. `num_slices` splits `data` over DCN."""
+
+    data: int
+    fsdp: int
+    context: int
+    tensor: int
+    num_slices: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. `decay_steps` is the length of the final decay of `wsd`; others decay over the whole run."""
+
+    name: typing.Literal["adamw", "adafactor", "lion"]
+    learning_rate: float
+    schedule: typing.Literal["cosine", "linear", "wsd", "constant"]
+    warmup_steps: int
+    final_learning_rate_fraction: float
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    decay_steps: int = 0
+    ema_decay: float = 0.0
+    moment_dtype: typing.Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The objective.
+
+    `weighting`: `uniform` counts every token once; `response` doubles the response of recognition and captioning
+    (the authors' stage 1); `balanced` lowers a modality's weight as its share of tokens grows, then applies
+    `task_modality_weights[task][modality]`; `sft` counts responses only, transcripts by `transcript_weight`.
+    """
+
+    weighting: typing.Literal["uniform", "response", "balanced", "sft"]
+    perceptual_weight: float
+    perceptual_mode: typing.Literal["predict", "official"]
+    z_loss_weight: float
+    chunk_tokens: int
+    task_modality_weights: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    transcript_weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from.
+
+    `mixture` is "synthetic", or names each pre-tokenized data set: {name: {"path": directory, "weight": share}}.
+    `weight_unit` says what a share counts. `templates` names the prompt templates the shards were made with.
+    """
+
+    mixture: str | dict[str, dict[str, Any]]
+    weight_unit: typing.Literal["examples", "tokens"]
+    num_workers: int
+    prefetch_batches: int
+    shuffle: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep: the newest `keep_last`, and every `keep_every_steps`-th for good (0: none)."""
+
+    save_every_steps: int
+    keep_last: int
+    keep_every_steps: int
+    asynchronous: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run. `model` is a named size or a mapping of ModelConfig fields (`size` names what it starts from)."""
+
+    seed: int
+    model: str | dict[str, Any]
+    total_steps: int
+    global_batch_size: int
+    sequence_length: int
+    gradient_accumulation_steps: int
+    optimizer: OptimizerConfig
+    mesh: MeshConfig
+    checkpoint: CheckpointConfig
+    loss: LossConfig
+    data: DataConfig
+    init_from: str
+    log_every_steps: int
+    eval_every_steps: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % self.gradient_accumulation_steps:
+            _fail(
+                "gradient_accumulation_steps",
+                f"{self.gradient_accumulation_steps} does not divide global_batch_size {self.global_batch_size}",
+            )
+        for name in ("total_steps", "global_batch_size", "sequence_length", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                _fail(name, f"must be at least 1, not {getattr(self, name)}")
