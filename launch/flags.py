@@ -1,0 +1,104 @@
+"""Config files on the command line: `--config=FILE.py[:variant]` and `--config.some.key=value` overrides."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import pathlib
+from typing import Any
+
+
+def add_config_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Adds `--config`; overrides of single keys are taken by `launch.cli` from what the parser does not know."""
+    parser.add_argument(
+        "--config",
+        required=default is None,
+        default=default,
+        metavar="FILE.py[:VARIANT]",
+        help="ml_collections config file; --config.KEY=VALUE overrides one key"
+        + (f" (default: {default})" if default else ""),
+    )
+
+
+def resolve_path(path: str) -> pathlib.Path:
+    """A config file as given, or, where there is none, the installed one of the same name (`configs/pretrain.py`)."""
+    given = pathlib.Path(path)
+    if given.is_file():
+        return given
+    import configs
+
+    folder = pathlib.Path(configs.__file__).parent
+    shipped = folder / given.name
+    if given.parent in (pathlib.Path("configs"), pathlib.Path(".")) and shipped.is_file():
+        return shipped
+    names = sorted(file.name for file in folder.glob("*.py") if file.stem not in ("__init__", "common"))
+    raise ValueError(f"no config file {path!r}; shipped ones are {', '.join('configs/' + name for name in names)}")
+
+
+def read_config(target: str) -> Any:
+    """The ConfigDict that `FILE.py[:VARIANT]` builds, before any override; ValueError for a file or variant unknown."""
+    file, _, variant = target.partition(":")
+    path = resolve_path(file)
+    spec = importlib.util.spec_from_file_location(f"aromni_config_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config(variant) if variant else module.get_config()
+    except (SyntaxError, ImportError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"config {target!r} cannot be built: {type(error).__name__}: {error}") from error
+
+
+def _keys_of(config: Any, prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in config.items():
+        found[prefix + key] = value
+        if hasattr(value, "items"):
+            found |= _keys_of(value, f"{prefix}{key}.")
+    return found
+
+
+def _override(config: Any, key: str, text: str) -> None:
+    """Sets one key of `config` from the text after `=`; a group is replaced whole, by a literal or the word it is."""
+    from ml_collections import ConfigDict
+
+    current = _keys_of(config)[key]
+    try:
+        value = text if isinstance(current, str) else ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (SyntaxError, ValueError):
+        value = text
+    *parents, name = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    try:
+        if isinstance(current, ConfigDict) or current is None:
+            with config.ignore_type():
+                config[name] = ConfigDict(value) if isinstance(value, dict) else value
+        else:
+            config[name] = value
+    except TypeError as error:
+        raise ValueError(f"config key '{key}': must be of type {type(current).__name__}, not {text!r}") from error
+
+
+def load_config(args: argparse.Namespace) -> Any:
+    """The ConfigDict of `args.config` with `args.config_overrides` applied.
+
+    A group such as `data.mixture` can be replaced whole (`--config.data.mixture=synthetic`).
+
+    Raises:
+      ValueError: no such file, a variant it does not know, an unknown key (with the nearest one) or a mistyped value.
+    """
+    config = read_config(args.config)
+    for override in args.config_overrides:
+        key, equals, text = override.removeprefix("--config.").partition("=")
+        known = _keys_of(config)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+            raise ValueError(f"config key '{key}': unknown; {hint}")
+        if not equals:
+            raise ValueError(f"config key '{key}': give a value, --config.{key}=VALUE")
+        _override(config, key, text)
+    return config
