@@ -15,6 +15,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from ml_collections import ConfigDict
+
 T = TypeVar("T")
 
 
@@ -24,6 +26,8 @@ def _fail(path: str, message: str) -> typing.NoReturn:
 
 def _coerce(value: Any, expected: Any, path: str) -> Any:
     """Returns `value` as type `expected`, or raises ValueError naming `path`."""
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
     origin = typing.get_origin(expected)
     if expected is Any:
         return value
@@ -67,8 +71,8 @@ def _coerce(value: Any, expected: Any, path: str) -> Any:
     return value
 
 
-def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """Builds the frozen dataclass `cls` from nested mappings (a ConfigDict is one).
+def from_mapping(cls: type[T], values: Mapping[str, Any] | ConfigDict, path: str = "") -> T:
+    """Builds the frozen dataclass `cls` from nested mappings or a ConfigDict.
 
     Raises:
       ValueError: unknown key (with the nearest known one), missing key, or a value of another type.
