@@ -43,9 +43,7 @@ def train_defaults() -> ConfigDict:
                 task_modality_weights=ConfigDict(),
                 transcript_weight=1.0,
             ),
-            data=dict(
-                mixture="synthetic", weight_unit="examples", num_workers=1, prefetch_batches=2, shuffle=True
-            ),
+            data=dict(mixture="synthetic", weight_unit="examples", num_workers=1, prefetch_batches=2, shuffle=True),
             init_from="",
             log_every_steps=10,
             eval_every_steps=0,

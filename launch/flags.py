@@ -66,7 +66,9 @@ def _override(config: Any, key: str, text: str) -> None:
 
     current = _keys_of(config)[key]
     try:
-        value = text if isinstance(current, str) else ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        value = (
+            text if isinstance(current, str) else ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        )
     except (SyntaxError, ValueError):
         value = text
     *parents, name = key.split(".")
