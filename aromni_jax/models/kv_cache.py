@@ -1,0 +1,56 @@
+"""Keys and values of what a decoder has read, for all layers, as one pytree of static shape.
+
+Rows are left-aligned: the token at position p of a row lives in slot p, so a query at position p sees slots 0..p and no
+separate mask is needed. Rows may have different lengths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from aromni_jax.models.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """`keys` and `values` are [n, B, S, K, H] (n layers) in the compute type; `lengths_B` counts tokens read per row."""
+
+    keys: jax.Array
+    values: jax.Array
+    lengths_B: jax.Array
+
+    @classmethod
+    def create(cls, config: ModelConfig, num_rows: int, max_length: int) -> KVCache:
+        """An empty cache for `num_rows` rows of at most `max_length` tokens (S)."""
+        shape = (config.num_layers, num_rows, max_length, config.num_kv_heads, config.head_dim)
+        dtype = jnp.dtype(config.dtype)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((num_rows,), jnp.int32))
+
+    @property
+    def max_length(self) -> int:
+        return self.keys.shape[2]
+
+    def write(
+        self, layer: jax.Array, slots_BL: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array
+    ) -> tuple[KVCache, jax.Array, jax.Array]:
+        """Stores one layer's keys and values; returns the cache and the layer's [B, S, K, H] keys and values.
+
+        A slot outside 0..S-1 (see `slots`) stores nothing.
+        """
+        rows_B1 = jnp.arange(slots_BL.shape[0])[:, None]
+        keys = self.keys.at[layer, rows_B1, slots_BL].set(k_BLKH, mode="drop")
+        values = self.values.at[layer, rows_B1, slots_BL].set(v_BLKH, mode="drop")
+        return dataclasses.replace(self, keys=keys, values=values), keys[layer], values[layer]
+
+    def slots(self, positions_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        """Where each token is stored: its position; padding (segment 0) goes to slot S, that is, nowhere."""
+        return jnp.where(segment_ids_BL == 0, self.max_length, positions_BL)
+
+    def advance(self, positions_BL: jax.Array, segment_ids_BL: jax.Array) -> KVCache:
+        """Lengths after reading these tokens."""
+        ends_BL = jnp.where(segment_ids_BL == 0, 0, positions_BL + 1)
+        return dataclasses.replace(self, lengths_B=jnp.maximum(self.lengths_B, ends_BL.max(axis=1)))

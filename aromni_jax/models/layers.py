@@ -1,0 +1,156 @@
+"""Norms, attention block, SwiGLU and the decoder layer, in Linen. Parameters carry logical axis names (`partitioning`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from aromni_jax.models.attention import attention, cached_attention
+from aromni_jax.models.config import ModelConfig
+from aromni_jax.models.kv_cache import KVCache
+from aromni_jax.models.rope import Rotation, rotate
+from aromni_jax.partitioning import constrain, logical
+
+QK_NORM_EPS = 1e-5
+"""Fixed in Chameleon, whatever `norm_eps` is."""
+
+REMAT_POLICIES: dict[str, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attended"),
+}
+"""What a layer keeps for its backward pass: nothing, every matmul with weights, or attention's output. "none" keeps all."""
+
+
+def _fan_in(fan_in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> nn.initializers.Initializer:
+    return nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=fan_in_axes, out_axis=out_axes)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale; the mean square is taken in float32, the gain applied in the type of x."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        c = self.config
+        scale_D = self.param("scale", logical(nn.initializers.ones, "norm"), (c.d_model,), jnp.dtype(c.param_dtype))
+        x32_BLD = x_BLD.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True) + c.norm_eps)
+        return (x32_BLD * inverse_rms).astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm over the head width with one scale and bias per head; statistics in float32."""
+
+    config: ModelConfig
+    head_axis: str
+
+    @nn.compact
+    def __call__(self, x_BLNH: jax.Array) -> jax.Array:
+        shape, dtype = x_BLNH.shape[2:], jnp.dtype(self.config.param_dtype)
+        scale_NH = self.param("scale", logical(nn.initializers.ones, self.head_axis, "head_dim"), shape, dtype)
+        bias_NH = self.param("bias", logical(nn.initializers.zeros, self.head_axis, "head_dim"), shape, dtype)
+        x32_BLNH = x_BLNH.astype(jnp.float32)
+        centred = x32_BLNH - jnp.mean(x32_BLNH, axis=-1, keepdims=True)
+        inverse_std = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + QK_NORM_EPS)
+        return (centred * inverse_std * scale_NH + bias_NH).astype(x_BLNH.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with QK-norm and RoPE; returns [B, L, D] and the cache it was given, filled."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        layer: jax.Array,
+        turn: Rotation,
+        positions_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+        cache: KVCache | None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        c = self.config
+        D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
+        dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
+
+        def weight(name: str, heads: int, axis: str) -> jax.Array:
+            init = logical(_fan_in((0,), (1, 2)), "embed", axis, "head_dim")
+            return self.param(name, init, (D, heads, H), param_dtype).astype(dtype)
+
+        q_BLNH = jnp.einsum("BLD,DNH->BLNH", x_BLD, weight("q", N, "heads"))
+        k_BLKH = jnp.einsum("BLD,DKH->BLKH", x_BLD, weight("k", K, "kv_heads"))
+        v_BLKH = jnp.einsum("BLD,DKH->BLKH", x_BLD, weight("v", K, "kv_heads"))
+        if c.qk_norm:
+            q_BLNH = HeadNorm(c, "heads", name="q_norm")(q_BLNH)
+            k_BLKH = HeadNorm(c, "kv_heads", name="k_norm")(k_BLKH)
+        q_BLNH = constrain(rotate(q_BLNH, turn), "batch", "length", "heads", None)
+        k_BLKH = constrain(rotate(k_BLKH, turn), "batch", "length", "kv_heads", None)
+        v_BLKH = constrain(v_BLKH, "batch", "length", "kv_heads", None)
+        if cache is None:
+            attended_BLNH = attention(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, implementation=c.attention)
+        else:
+            slots_BL = cache.slots(positions_BL, segment_ids_BL)
+            cache, keys_BSKH, values_BSKH = cache.write(layer, slots_BL, k_BLKH, v_BLKH)
+            attended_BLNH = cached_attention(q_BLNH, keys_BSKH, values_BSKH, positions_BL)
+        attended_BLNH = checkpoint_name(attended_BLNH, "attended")
+        init = logical(_fan_in((0, 1), (2,)), "heads", "head_dim", "embed")
+        w_NHD = self.param("o", init, (N, H, D), param_dtype).astype(dtype)
+        return jnp.einsum("BLNH,NHD->BLD", attended_BLNH, w_NHD), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        c = self.config
+        dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
+
+        def weight(name: str, shape: tuple[int, int], *axes: str) -> jax.Array:
+            return self.param(name, logical(_fan_in((0,), (1,)), *axes), shape, param_dtype).astype(dtype)
+
+        gate_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, weight("gate", (c.d_model, c.mlp_dim), "embed", "mlp"))
+        up_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, weight("up", (c.d_model, c.mlp_dim), "embed", "mlp"))
+        inner_BLF = constrain(jax.nn.silu(gate_BLF) * up_BLF, "batch", "length", "mlp")
+        return jnp.einsum("BLF,FD->BLD", inner_BLF, weight("down", (c.mlp_dim, c.d_model), "mlp", "embed"))
+
+
+class DecoderLayer(nn.Module):
+    """One layer, shaped for `nn.scan`: carries (hidden, cache), reads its layer index.
+
+    Swin-Norm is `h = x + Norm(Attn(x))`, `y = h + Norm(MLP(h))`; pre-norm is `h = x + Attn(Norm(x))`, `y = h + MLP(Norm(h))`.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[jax.Array, KVCache | None],
+        layer: jax.Array,
+        turn: Rotation,
+        positions_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+    ) -> tuple[tuple[jax.Array, KVCache | None], None]:
+        c = self.config
+        x_BLD, cache = carry
+        attention_norm, mlp_norm = RMSNorm(c, name="attention_norm"), RMSNorm(c, name="mlp_norm")
+        attend, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
+        if c.norm_position == "swin":
+            y_BLD, cache = attend(x_BLD, layer, turn, positions_BL, segment_ids_BL, cache)
+            x_BLD = x_BLD + attention_norm(y_BLD)
+            x_BLD = x_BLD + mlp_norm(mlp(x_BLD))
+        else:
+            y_BLD, cache = attend(attention_norm(x_BLD), layer, turn, positions_BL, segment_ids_BL, cache)
+            x_BLD = x_BLD + y_BLD
+            x_BLD = x_BLD + mlp(mlp_norm(x_BLD))
+        return (constrain(x_BLD, "batch", "length", None), cache), None
