@@ -112,7 +112,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule. `decay_steps` is the length of the final decay of `wsd`; others decay over the whole run."""
+    """Optimizer and schedule. `decay_steps` is the length of the last decay of `wsd`; others decay over the whole run."""
 
     name: typing.Literal["adamw", "adafactor", "lion"]
     learning_rate: float
@@ -174,7 +174,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run. `model` is a named size or a mapping of ModelConfig fields (`size` names what it starts from)."""
+    """One training run. `model` is a named size, or a mapping of ModelConfig fields (`size`: what it starts from)."""
 
     seed: int
     model: str | dict[str, Any]

@@ -87,7 +87,7 @@ class Image:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Speech:
-    """Mono sound as `waveform_T` (float32 in [-1, 1] at `sample_rate_hz`), as `codes_KU` (int32, codebook-major), or both."""
+    """Mono sound as `waveform_T` (float32 in [-1, 1] at `sample_rate_hz`), as `codes_KU` (int32), or both."""
 
     waveform_T: np.ndarray | None = None
     sample_rate_hz: int | None = None
@@ -181,7 +181,7 @@ A = TypeVar("A")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightedSum(Generic[A]):
-    """A sum and the weight it was taken over: added across chunks, microbatches and devices, divided once at the end."""
+    """A sum and the weight it was taken over: added over chunks, microbatches and devices, divided once at the end."""
 
     sum: Any
     weight: Any

@@ -173,8 +173,8 @@ class JointVocab:
         if rows.size and (rows.min() < self.text.start or rows.max() >= self.text.stop):
             bad = int(rows[(rows < self.text.start) | (rows >= self.text.stop)][0])
             raise ValueError(
-                f"text id {bad - self.text_offset} has row {bad}, outside text rows {self.text.start}..{self.text.stop - 1}; "
-                "the text tokenizer is not the one this vocabulary was built for"
+                f"text id {bad - self.text_offset} has row {bad}, outside text rows {self.text.start}.."
+                f"{self.text.stop - 1}; the text tokenizer is not the one this vocabulary was built for"
             )
         return rows
 
@@ -244,8 +244,8 @@ class JointVocab:
         """Raises ValueError when `found` (read from `where`) was made with another vocabulary."""
         if found != self.fingerprint:
             raise ValueError(
-                f"{where} was made with vocabulary {found}, this run uses {self.fingerprint}: the same ids would mean other "
-                "things. Use the tokenizers it was made with, or make it again with these"
+                f"{where} was made with vocabulary {found}, this run uses {self.fingerprint}: the same ids would mean "
+                "other things. Use the tokenizers it was made with, or make it again with these"
             )
 
 
