@@ -1,0 +1,327 @@
+"""Hugging Face Chameleon directories: writing one from our parameters, and reading one as if it were ours.
+
+Both ends are a `TensorSource`: a checkpoint, a tree in memory and a Chameleon directory all answer "the q projection of
+layer 3", in our layout. Export reads a source one tensor at a time; import is the same question asked of a directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import safetensors
+
+import aromni_jax
+from aromni_jax.config import from_mapping
+from aromni_jax.interop import names
+from aromni_jax.interop.chameleon_config import (
+    ARCHITECTURE_FIELDS,
+    architecture_of,
+    generation_config,
+    model_card,
+    to_chameleon,
+)
+from aromni_jax.interop.container import DTYPES, INDEX_NAME, whole_directory, write_file, write_shards
+from aromni_jax.models.config import ModelConfig
+from aromni_jax.vocab import JointVocab
+
+EXTRA_FILE = "aromni_extra.safetensors"
+METADATA_FILE = "aromni.json"
+TOKENIZERS_DIR = "tokenizers"
+IMAGE_TOKENIZER_PREFIX = "model.vqmodel."
+
+
+class TensorSource(Protocol):
+    """Parameters by path ("layers/attention/q"), one tensor at a time."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Path -> full shape, layers included, of everything there is."""
+        ...
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """The whole tensor, or the slice of one layer of a stacked one."""
+        ...
+
+
+class TreeSource:
+    """A `TensorSource` over a parameter tree in memory (numpy or jax arrays)."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self._leaves = names.leaf_paths(params)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {path: tuple(leaf.shape) for path, leaf in self._leaves.items()}
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        leaf = self._leaves[path]
+        return np.asarray(leaf if layer is None else leaf[layer])
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """What an export says about where it comes from; everything is written to `aromni.json`."""
+
+    step: int
+    template: str = ""
+    data_fingerprint: str = ""
+    uses_ema: bool = False
+    max_positions: int = 4096
+
+
+def full_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter of `model`, stacked layers included."""
+    dims = names.dimensions(model)
+    return {
+        rule.path: ((model.num_layers,) if rule.per_layer else ()) + rule.our_shape(dims) for rule in names.rules(model)
+    }
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raises one ValueError that names every tensor missing from, unknown in, or misshapen in `where`."""
+    troubles = [f"missing {name} {list(expected[name])}" for name in expected if name not in found]
+    troubles += [f"unknown {name} {list(found[name])}" for name in found if name not in expected]
+    troubles += [
+        f"{name} has shape {list(found[name])}, the config says {list(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    if troubles:
+        shown = "; ".join(troubles[:8]) + (f"; and {len(troubles) - 8} more" if len(troubles) > 8 else "")
+        raise ValueError(f"{where} does not hold this model: {shown}")
+
+
+def export_chameleon(
+    source: TensorSource,
+    model: ModelConfig,
+    vocab: JointVocab,
+    output: Path,
+    *,
+    provenance: Provenance,
+    dtype: str = "bfloat16",
+    tokenizers: Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[Path]:
+    """Writes a directory that `transformers.ChameleonForConditionalGeneration.from_pretrained` loads.
+
+    Tensors are read, converted and written one by one. The directory appears when it is complete.
+
+    Args:
+      tokenizers: directory copied to `tokenizers/`.
+      progress: called with the name of each tensor before it is read.
+
+    Returns:
+      The files with weights.
+
+    Raises:
+      ValueError: `output` is taken, `source` does not hold `model`, or the model has no Chameleon form.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}")
+    if vocab.size != model.vocab_size:
+        raise ValueError(f"the vocabulary has {vocab.size} rows, the model {model.vocab_size}")
+    rules, dims = names.rules(model), names.dimensions(model)
+    check_shapes(source.shapes(), full_shapes(model), "the checkpoint")
+    origin = {rule.their_name(layer): (rule, layer) for rule in rules for layer in names.layers_of(rule, model)}
+
+    def read(name: str) -> np.ndarray:
+        progress(name)
+        rule, layer = origin[name]
+        return rule.to_theirs(source.read(rule.path, layer), dims)
+
+    def entries(extra: bool) -> list[tuple[str, tuple[int, ...]]]:
+        return [(name, rule.their_shape(dims)) for name, (rule, _) in origin.items() if rule.is_extra == extra]
+
+    metadata = {
+        "format": 1,
+        "package_version": aromni_jax.__version__,
+        "model": dataclasses.asdict(model),
+        "vocab": json.loads(vocab.to_json()),
+        "vocab_fingerprint": vocab.fingerprint,
+        "dtype": dtype,
+        **dataclasses.asdict(provenance),
+    }
+    config = to_chameleon(model, vocab, dtype=dtype, max_positions=provenance.max_positions)
+    with whole_directory(output, overwrite=overwrite) as directory:
+        written = write_shards(
+            directory,
+            entries(extra=False),
+            dtype=dtype,
+            read=read,
+            max_shard_bytes=max_shard_bytes,
+            metadata={"format": "pt"},
+        )
+        if entries(extra=True):
+            write_file(directory / EXTRA_FILE, entries(extra=True), dtype, read, {"format": "pt"})
+            written.append(directory / EXTRA_FILE)
+        _write_json(directory / "config.json", config)
+        _write_json(directory / "generation_config.json", generation_config(vocab))
+        _write_json(directory / METADATA_FILE, metadata)
+        (directory / "README.md").write_text(model_card(metadata), encoding="utf-8")
+        if tokenizers is not None:
+            shutil.copytree(tokenizers, directory / TOKENIZERS_DIR)
+    return [output / path.name for path in written]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} is not a Hugging Face Chameleon directory: it has no {path.name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch or export the directory again") from None
+
+
+class ChameleonDirectory:
+    """A Chameleon directory (our export, Chameleon, Anole, AR-Omni) as a `TensorSource` in our layout.
+
+    Names and shapes are checked on opening; values are read when asked for. A directory whose QK-norm has one vector
+    for all heads comes from the lineage that rotates interleaved features (Meta's and the AR-Omni authors' code); its
+    query and key rows are reordered on the way, which changes no logit.
+
+    Attributes:
+      model, vocab, provenance: what the directory holds.
+      dtype: what `read` gives: "bfloat16" where every tensor is stored so, else "float32" (exact for all that is read).
+      tokenizers: its `tokenizers/`, or None.
+      left_out: names of tensors that belong to the source's own image tokenizer.
+
+    Raises:
+      ValueError: naming the tensors that are missing, unknown or misshapen, the file that is cut short, or the key of
+        the config that our decoder cannot honour.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        config = _read_json(self.directory / "config.json")
+        architecture = architecture_of(config)
+        metadata_path = self.directory / METADATA_FILE
+        metadata = _read_json(metadata_path) if metadata_path.exists() else None
+        self.model, self.vocab, self.provenance = self._describe(config, architecture, metadata)
+        tokenizers = self.directory / TOKENIZERS_DIR
+        self.tokenizers = tokenizers if tokenizers.is_dir() else None
+        self._files = self._find_files()
+        found, dtypes, self._file_of = self._scan()
+        self.left_out = tuple(name for name in found if name.startswith(IMAGE_TOKENIZER_PREFIX))
+        self._dims = names.dimensions(self.model)
+        self._rules = {rule.path: rule for rule in names.rules(self.model)}
+        query_norm = self._rules["layers/attention/q_norm/scale"].their_name(0)
+        self._interleaved = len(found.get(query_norm, ())) == 1
+        check_shapes(
+            {name: shape for name, shape in found.items() if name not in self.left_out},
+            {
+                rule.their_name(layer): self._stored_shape(rule)
+                for rule in self._rules.values()
+                for layer in names.layers_of(rule, self.model)
+            },
+            str(self.directory),
+        )
+        self.dtype: Literal["float32", "bfloat16"] = "bfloat16" if set(dtypes) == {"BF16"} else "float32"
+
+    def _describe(
+        self, config: Mapping[str, Any], architecture: dict[str, Any], metadata: Mapping[str, Any] | None
+    ) -> tuple[ModelConfig, JointVocab, Provenance]:
+        if metadata is None:
+            vocab = JointVocab.released()
+            if architecture["vocab_size"] != vocab.size:
+                raise ValueError(
+                    f"{self.directory} has no {METADATA_FILE} and {architecture['vocab_size']} rows of vocabulary: "
+                    f"what its ids mean is unknown (Chameleon's layout has {vocab.size} rows)"
+                )
+            positions = int(config.get("max_position_embeddings", 4096))
+            model = from_mapping(ModelConfig, {**architecture, "perceptual_dim": 0})
+            return model, vocab, Provenance(step=0, max_positions=positions)
+        try:
+            model = from_mapping(ModelConfig, metadata["model"])
+            vocab = JointVocab.from_json(json.dumps(metadata["vocab"]))
+            fields = [field.name for field in dataclasses.fields(Provenance)]
+            provenance = Provenance(**{name: metadata[name] for name in fields})
+            vocab.check_fingerprint(metadata["vocab_fingerprint"], str(self.directory / METADATA_FILE))
+        except KeyError as error:
+            raise ValueError(f"{self.directory / METADATA_FILE} lacks {error}; export the model again") from None
+        for field in ARCHITECTURE_FIELDS:
+            if getattr(model, field) != architecture[field]:
+                raise ValueError(
+                    f"{self.directory}: config.json says {field} = {architecture[field]!r}, {METADATA_FILE} "
+                    f"{getattr(model, field)!r}; one of them was edited, export the model again"
+                )
+        return model, vocab, provenance
+
+    def _find_files(self) -> list[Path]:
+        index = self.directory / INDEX_NAME
+        if index.exists():
+            files = [self.directory / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        else:
+            files = [self.directory / "model.safetensors"]
+        files += [self.directory / EXTRA_FILE] if (self.directory / EXTRA_FILE).exists() else []
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(f"{self.directory} lacks {', '.join(missing)}; fetch or export it again")
+        return files
+
+    def _scan(self) -> tuple[dict[str, tuple[int, ...]], set[str], dict[str, Path]]:
+        """Shapes by name, container dtypes that occur, and the file each name is in; reads headers only."""
+        readable = {"F16", *(code for code, _ in DTYPES.values())}
+        shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: set[str] = set()
+        file_of: dict[str, Path] = {}
+        for file in self._files:
+            try:
+                with safetensors.safe_open(file, "numpy") as handle:
+                    for name in handle.keys():
+                        tensor = handle.get_slice(name)
+                        shapes[name] = tuple(tensor.get_shape())
+                        file_of[name] = file
+                        dtypes.add(tensor.get_dtype())
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"{file} cannot be read ({error}): fetch or export it again") from None
+        if dtypes - readable:
+            raise ValueError(
+                f"{self.directory} stores weights as {', '.join(sorted(dtypes - readable))}; only "
+                f"{', '.join(sorted(readable))} can be read"
+            )
+        return shapes, dtypes, file_of
+
+    def _stored_shape(self, rule: names.TensorRule) -> tuple[int, ...]:
+        if self._interleaved and ("/q_norm/" in rule.path or "/k_norm/" in rule.path):
+            return (self.model.head_dim,)
+        return rule.their_shape(self._dims)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return full_shapes(self.model)
+
+    def read(self, path: str, layer: int | None) -> np.ndarray:
+        """One tensor in our layout and `dtype`; `layer` None on a stacked path reads all layers."""
+        rule, dtype = self._rules[path], DTYPES[self.dtype][1]
+        if rule.per_layer and layer is None:
+            stacked = np.empty(self.shapes()[path], dtype)
+            for index in range(self.model.num_layers):
+                stacked[index] = self.read(path, index)
+            return stacked
+        name = rule.their_name(layer)
+        with safetensors.safe_open(self._file_of[name], "numpy") as handle:
+            tensor = handle.get_tensor(name)
+        if self._interleaved and path.startswith(("layers/attention/q", "layers/attention/k")):
+            heads = self._dims["N" if path.startswith("layers/attention/q") else "K"]
+            deinterleave = names.deinterleave_norm if "_norm/" in path else names.deinterleave_rows
+            tensor = deinterleave(tensor, heads)
+        return rule.to_ours(tensor, self._dims).astype(dtype, copy=False)
+
+
+def load_export(directory: Path | str) -> tuple[ModelConfig, dict[str, Any], JointVocab, Path | None]:
+    """(model, params, vocabulary, tokenizers directory) of a Chameleon directory, for decoding and evaluation.
+
+    Parameters are numpy arrays in the dtype of the files, and `model.param_dtype` says which.
+    """
+    opened = ChameleonDirectory(Path(directory))
+    params = names.nested({path: opened.read(path, None) for path in opened.shapes()})
+    return dataclasses.replace(opened.model, param_dtype=opened.dtype), params, opened.vocab, opened.tokenizers

@@ -1,0 +1,120 @@
+"""Logits of an export, computed by transformers, equal ours: the reference is `ChameleonForConditionalGeneration`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from aromni_jax.interop.chameleon import Provenance, TreeSource, export_chameleon, load_export
+from aromni_jax.models.decoder import Decoder
+from tests.fixtures.small_models import random_params, small_model, small_vocab
+
+TOLERANCE = 1e-4
+SHAPES = {
+    "swin, grouped": dict(norm_position="swin", num_kv_heads=2),
+    "swin, all heads": dict(norm_position="swin", num_kv_heads=4),
+    "pre, grouped": dict(norm_position="pre", num_kv_heads=2),
+    "pre, all heads": dict(norm_position="pre", num_kv_heads=4),
+    "long wavelengths, loose eps": dict(rope_theta=500_000.0, norm_eps=1e-3),
+}
+
+
+def token_ids(rows: int = 2, length: int = 21) -> np.ndarray:
+    """Every modality and control token of the vocabulary, in no order."""
+    return np.random.default_rng(3).integers(0, small_vocab().size, (rows, length)).astype(np.int32)
+
+
+def our_logits(model, params, ids_BL: np.ndarray) -> np.ndarray:
+    positions_BL = np.broadcast_to(np.arange(ids_BL.shape[1], dtype=np.int32), ids_BL.shape)
+    decoder = Decoder(model)
+    variables = {"params": jax.tree.map(jnp.asarray, params)}
+
+    @functools.partial(jax.jit)
+    def run(variables):
+        hidden_BLD = decoder.apply(variables, ids_BL, positions_BL, np.ones_like(ids_BL))
+        return decoder.apply(variables, hidden_BLD, method=Decoder.logits)
+
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(run(variables))
+
+
+def their_model(directory, dtype=torch.float32):
+    model, loading = transformers.ChameleonForConditionalGeneration.from_pretrained(
+        directory, dtype=dtype, output_loading_info=True
+    )
+    assert not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    assert all(name.startswith("model.vqmodel.") for name in loading["missing_keys"])
+    return model.eval()
+
+
+def their_logits(model, ids_BL: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.from_numpy(ids_BL.astype(np.int64))).last_hidden_state
+        return model.lm_head(hidden).float().numpy()
+
+
+def export(model, params, directory, dtype="float32", **options):
+    provenance = Provenance(step=1, max_positions=64)
+    export_chameleon(TreeSource(params), model, small_vocab(), directory, provenance=provenance, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_equal_transformers(tmp_path, name):
+    model = small_model(**SHAPES[name])
+    params = random_params(model)
+    export(model, params, tmp_path / "out", max_shard_bytes=40_000)
+    ids_BL = token_ids()
+    expected = their_logits(their_model(tmp_path / "out"), ids_BL)
+    assert expected.std() > 0.1, "logits without spread would hide a difference"
+    np.testing.assert_allclose(our_logits(model, params, ids_BL), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_the_comparison_sees_a_norm_in_the_wrong_place(tmp_path):
+    """The same tensors under the other norm position give other logits: the parity above is not blind."""
+    model = small_model(norm_position="swin")
+    params = random_params(model)
+    export(model, params, tmp_path / "out")
+    expected = their_logits(their_model(tmp_path / "out"), token_ids())
+    assert np.abs(our_logits(small_model(norm_position="pre"), params, token_ids()) - expected).max() > 100 * TOLERANCE
+
+
+def test_class_logits_are_not_masked(tmp_path):
+    """With the empty vocabulary map of an export, `model(...).logits` holds image logits too."""
+    model = small_model()
+    params = random_params(model)
+    export(model, params, tmp_path / "out")
+    with torch.no_grad():
+        logits = their_model(tmp_path / "out")(input_ids=torch.from_numpy(token_ids().astype(np.int64))).logits
+    np.testing.assert_allclose(logits.numpy(), our_logits(model, params, token_ids()), atol=TOLERANCE, rtol=0)
+
+
+def test_bfloat16_export_holds_the_rounded_weights(tmp_path):
+    """Computed in float32 on both sides, so that only the stored values are compared."""
+    model = small_model()
+    export(model, random_params(model), tmp_path / "out", dtype="bfloat16")
+    loaded_model, params, *_ = load_export(tmp_path / "out")
+    assert loaded_model.param_dtype == "bfloat16"
+    rounded = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+    expected = their_logits(their_model(tmp_path / "out"), token_ids())
+    np.testing.assert_allclose(our_logits(model, rounded, token_ids()), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_greedy_continuation_equals_transformers(tmp_path):
+    """Twenty tokens of their cached generation are the argmax of our full forward pass."""
+    model = small_model()
+    params = random_params(model)
+    export(model, params, tmp_path / "out")
+    theirs = their_model(tmp_path / "out")
+    theirs.generation_config.eos_token_id = None
+    prompt = token_ids(rows=1, length=5)
+    with torch.no_grad():
+        out = theirs.generate(torch.from_numpy(prompt.astype(np.int64)), max_new_tokens=20, do_sample=False)
+    ids_BL = out.numpy().astype(np.int32)
+    predicted = our_logits(model, params, ids_BL).argmax(-1)
+    np.testing.assert_array_equal(predicted[:, 4:-1], ids_BL[:, 5:])
