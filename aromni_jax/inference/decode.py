@@ -1,0 +1,214 @@
+"""Batched generation: one prefill, then a jitted loop over a key-value cache that cannot leave the grammar.
+
+Rows start at slot 0 of the cache and may have different lengths. Rows of different tasks decode together: the tables
+of the grammar are arguments, and every row carries its own state. Shapes come from a few buckets, so a handful of
+programs serves everything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aromni_jax.arrays import IntArray, PyTree
+from aromni_jax.inference.grammar import Grammar, GrammarState, GrammarTables, advance, allowed_tokens
+from aromni_jax.inference.sampling import repetition_penalised, row_keys, sample
+from aromni_jax.models.decoder import Decoder
+from aromni_jax.models.kv_cache import KVCache
+from aromni_jax.structs import Example, Task
+from aromni_jax.vocab import JointVocab
+
+LENGTH_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+"""Prompts and answers are padded to the next of these (and to multiples of the last one)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OmniModel:
+    """A trained decoder with what is needed to ask it: its parameters and the vocabulary they were trained on."""
+
+    decoder: Decoder
+    params: PyTree
+    vocab: JointVocab
+
+
+def bucket_of(length: int, buckets: tuple[int, ...] = LENGTH_BUCKETS) -> int:
+    """Smallest bucket that holds `length`; above the largest, the next multiple of it."""
+    fitting = [bucket for bucket in buckets if bucket >= length]
+    return fitting[0] if fitting else -(-length // buckets[-1]) * buckets[-1]
+
+
+def generate(
+    model: OmniModel,
+    grammar: Grammar,
+    prompts: Sequence[Example],
+    *,
+    max_new_tokens: int | dict[Task, int],
+    seed: int = 0,
+    row_ids: Sequence[int] | None = None,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray]:
+    """Answers every prompt; rows of any tasks and lengths may stand side by side.
+
+    Args:
+      grammar: compiled from `model.vocab` for at least the tasks of the prompts.
+      prompts: what `joint.prompt` encodes.
+      max_new_tokens: most tokens of an answer, for all tasks or for each one. No answer is cut off there: the grammar
+        closes it in time.
+      row_ids: numbers that, with `seed`, fix each row's randomness (its index by default).
+      batch_size: rows per device call; the last call is padded to it when there is more than one.
+      progress: called with (answers done, answers in all) after each batch.
+
+    Returns:
+      int32 ids of each answer, from its first token to its end token (eos or end_model) included, in prompt order.
+
+    Raises:
+      ValueError: an empty prompt, or fewer tokens allowed than the shortest answer of a task has.
+    """
+    limits = [max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[p.task] for p in prompts]
+    for example, limit in zip(prompts, limits, strict=True):
+        if not len(example.tokens_L):
+            raise ValueError(f"prompt {example.key!r} is empty")
+        shortest = grammar.shortest_answers.get(example.task, 0)
+        if limit < shortest:
+            raise ValueError(
+                f"max_new_tokens={limit} is too few for {example.task.command}: "
+                f"the shortest answer has {shortest} tokens"
+            )
+    row_ids = list(range(len(prompts)) if row_ids is None else row_ids)
+    # Rows of like length stand together: a batch costs as much as its longest prompt and its longest answer.
+    order = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i].tokens_L)))
+    rows_per_call = batch_size if len(prompts) > batch_size else bucket_of(len(prompts), (1, 2, 4, 8, 16, batch_size))
+    answers: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
+    for first in range(0, len(order), rows_per_call):
+        chosen = order[first : first + rows_per_call]
+        tokens_BT, lengths_B = _generate_batch(
+            model,
+            grammar,
+            [prompts[i] for i in chosen],
+            np.array([limits[i] for i in chosen], np.int32),
+            row_keys(seed, [row_ids[i] for i in chosen] + [0] * (rows_per_call - len(chosen))),
+        )
+        for row, i in enumerate(chosen):
+            answers[i] = tokens_BT[row, : lengths_B[row]]
+        if progress:
+            progress(first + len(chosen), len(order))
+    return answers
+
+
+def _generate_batch(
+    model: OmniModel, grammar: Grammar, prompts: list[Example], limits_B: np.ndarray, keys_B: jax.Array
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pads one batch to its buckets and runs it: tokens [B, T] and the length of each answer."""
+    spare = len(keys_B) - len(prompts)
+    width = bucket_of(max(len(p.tokens_L) for p in prompts))
+    prompt_BL = np.full((len(keys_B), width), model.vocab.pad, np.int32)
+    lengths_B = np.ones(len(keys_B), np.int32)
+    for row, example in enumerate(prompts):
+        prompt_BL[row, : len(example.tokens_L)] = example.tokens_L
+        lengths_B[row] = len(example.tokens_L)
+    start = grammar.start([example.task for example in prompts])
+    # Spare rows are born done: they cost their share of the batch and nothing else.
+    done_state = int(np.flatnonzero(np.asarray(grammar.tables.done_S))[0])
+    state = GrammarState(
+        jnp.pad(start.state_B, (0, spare), constant_values=done_state), jnp.pad(start.count_B, (0, spare))
+    )
+    tokens_BT, steps_B = decode_loop(
+        model.decoder,
+        model.params,
+        grammar.tables,
+        prompt_BL,
+        lengths_B,
+        state,
+        np.pad(limits_B, (0, spare)),
+        keys_B,
+        max_new_tokens=bucket_of(int(limits_B.max())),
+    )
+    return np.asarray(tokens_BT), np.asarray(steps_B)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "max_new_tokens"))
+def decode_loop(
+    decoder: Decoder,
+    params: PyTree,
+    tables: GrammarTables,
+    prompt_BL: IntArray,
+    lengths_B: IntArray,
+    grammar: GrammarState,
+    limits_B: IntArray,
+    keys_B: jax.Array,
+    *,
+    max_new_tokens: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Prefills the prompts and decodes until every row is done.
+
+    Args:
+      prompt_BL: row b holds `lengths_B[b]` tokens, at least one, then padding.
+      limits_B: most tokens of each answer, at most `max_new_tokens` (the width of the result).
+
+    Returns:
+      tokens [B, max_new_tokens] and the number of tokens of each answer, end token included.
+    """
+    num_rows, width = prompt_BL.shape
+    rows_B = jnp.arange(num_rows)
+    positions_BL = jnp.broadcast_to(jnp.arange(width), prompt_BL.shape)
+    segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
+    cache = KVCache.create(decoder.config, num_rows, width + max_new_tokens)
+    hidden_BLD, cache = decoder.apply({"params": params}, prompt_BL, positions_BL, segments_BL, cache=cache)
+
+    def logits_of(hidden_BD: jax.Array) -> jax.Array:
+        return decoder.apply({"params": params}, hidden_BD[:, None], method=Decoder.logits)[:, 0]
+
+    Carry = tuple[jax.Array, jax.Array, GrammarState, KVCache, jax.Array, jax.Array, jax.Array]
+
+    def unfinished(carry: Carry) -> jax.Array:
+        step, _, grammar, *_ = carry
+        return (step < max_new_tokens) & ~jnp.all(tables.done_S[grammar.state_B])
+
+    def emit(carry: Carry) -> Carry:
+        step, hidden_BD, grammar, cache, seen_BV, tokens_BT, steps_B = carry
+        state_B = grammar.state_B
+        live_B = ~tables.done_S[state_B]
+        allowed_BV = allowed_tokens(tables, grammar, limits_B - step)
+        logits_BV = repetition_penalised(logits_of(hidden_BD), seen_BV, tables.repetition_penalty_S[state_B])
+        chosen_B = sample(
+            logits_BV,
+            allowed_BV,
+            jax.vmap(jax.random.fold_in, (0, None))(keys_B, step),
+            temperature_B=tables.temperature_S[state_B],
+            top_k_B=tables.top_k_S[state_B],
+            top_p_B=tables.top_p_S[state_B],
+        )
+        hidden_B1D, cache = decoder.apply(
+            {"params": params},
+            chosen_B[:, None],
+            (lengths_B + step)[:, None],
+            jnp.ones((num_rows, 1), jnp.int32),
+            cache=cache,
+        )
+        return (
+            step + 1,
+            hidden_B1D[:, 0],
+            advance(tables, grammar, chosen_B),
+            cache,
+            seen_BV.at[rows_B, chosen_B].set(True),
+            tokens_BT.at[:, step].set(chosen_B),
+            steps_B + live_B,
+        )
+
+    start = (
+        jnp.int32(0),
+        hidden_BLD[rows_B, lengths_B - 1],
+        grammar,
+        cache,
+        jnp.zeros((num_rows, tables.class_V.shape[0]), bool),
+        jnp.zeros((num_rows, max_new_tokens), jnp.int32),
+        jnp.zeros(num_rows, jnp.int32),
+    )
+    *_, tokens_BT, steps_B = jax.lax.while_loop(unfinished, emit, start)
+    return tokens_BT, steps_B
