@@ -1,0 +1,83 @@
+"""Everything a run must remember between steps, made directly where it lives."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from aromni_jax import optim, partitioning
+from aromni_jax.arrays import PyTree
+from aromni_jax.config import TrainConfig
+from aromni_jax.models.config import ModelConfig
+from aromni_jax.models.decoder import Decoder
+
+Frozen = dict[str, Any]
+"""Arrays that training reads and never changes: {"image_codebook": [C, E]} or {}."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """`step` counts batches seen, bad ones included; `skipped_steps` the bad ones. `ema` is {} where none is kept."""
+
+    step: jax.Array
+    params: PyTree
+    opt_state: PyTree
+    ema: PyTree
+    rng: jax.Array
+    frozen: Frozen
+    skipped_steps: jax.Array
+
+
+def _boxed_state(model: ModelConfig, train: TrainConfig, frozen: Frozen) -> TrainState:
+    key = jax.random.PRNGKey(train.seed)
+    init_key, run_key = jax.random.split(key)
+    ids_BL = jnp.zeros((1, 2), jnp.int32)
+    params = Decoder(model).init(init_key, ids_BL, ids_BL, ids_BL)["params"]
+    # Copies, because donation forbids two leaves in one buffer.
+    ema = jax.tree.map(jnp.copy, params) if train.optimizer.ema_decay else {}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optim.make_optimizer(train.optimizer).init(params),
+        ema=ema,
+        rng=run_key,
+        frozen=jax.tree.map(jnp.asarray, frozen),
+        skipped_steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def abstract_state(model: ModelConfig, train: TrainConfig, mesh: Mesh, frozen: Frozen | None = None) -> TrainState:
+    """The state as `jax.ShapeDtypeStruct`s with shardings: for compiling ahead of time and for restoring.
+
+    `frozen` may hold arrays or ShapeDtypeStructs.
+
+    Raises:
+      ValueError: a dimension the mesh does not divide, or a large array it leaves whole.
+    """
+    frozen_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen or {})
+    boxed = jax.eval_shape(lambda f: _boxed_state(model, train, f), frozen_shapes)
+    placement = partitioning.shardings(boxed, mesh)
+    shapes = partitioning.unbox(boxed)
+    partitioning.check_large_arrays_are_sharded(
+        (shapes.params, shapes.opt_state), (placement.params, placement.opt_state), mesh
+    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
+
+
+def init_state(model: ModelConfig, train: TrainConfig, mesh: Mesh, frozen: Frozen | None = None) -> TrainState:
+    """A fresh state, each device making only its own part; the values depend on `train.seed` and not on the mesh."""
+    frozen = jax.tree.map(np.asarray, frozen or {})
+    placement = state_shardings(abstract_state(model, train, mesh, frozen))
+    make = jax.jit(lambda f: partitioning.unbox(_boxed_state(model, train, f)), out_shardings=placement)
+    return make(frozen)
+
+
+def state_shardings(abstract: TrainState) -> TrainState:
+    """The NamedSharding of every leaf of an `abstract_state`."""
+    return jax.tree.map(lambda x: x.sharding, abstract)
