@@ -43,7 +43,7 @@ def _coerce(value: Any, expected: Any, path: str) -> Any:
         raise last
     if dataclasses.is_dataclass(expected):
         if not isinstance(value, Mapping):
-            _fail(path, f"must be a group of keys ({expected.__name__}), not {value!r}")
+            _fail(path, f"must be a group of keys ({getattr(expected, '__name__', expected)}), not {value!r}")
         return from_mapping(typing.cast(type, expected), value, path)
     if origin is typing.Literal:
         allowed = typing.get_args(expected)
@@ -67,7 +67,7 @@ def _coerce(value: Any, expected: Any, path: str) -> Any:
     if expected is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        _fail(path, f"must be of type {expected.__name__}, not {value!r}")
+        _fail(path, f"must be of type {getattr(expected, '__name__', expected)}, not {value!r}")
     return value
 
 
@@ -112,7 +112,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimizer and schedule. `decay_steps` is the length of the last decay of `wsd`; others decay over the whole run."""
+    """Optimizer and schedule. `decay_steps` is how long `wsd` decays at the end; others decay over the whole run."""
 
     name: typing.Literal["adamw", "adafactor", "lion"]
     learning_rate: float
