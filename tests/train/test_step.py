@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from aromni_jax import optim, partitioning
 from aromni_jax.config import (
@@ -194,7 +195,7 @@ def test_state_is_the_same_on_every_mesh_and_matches_its_abstract_form():
     abstract = abstract_state(model, train, eight, frozen())
     for have, want in zip(jax.tree.leaves(right), jax.tree.leaves(abstract), strict=True):
         assert (have.shape, have.dtype, have.sharding.spec) == (want.shape, want.dtype, want.sharding.spec)
-    assert right.opt_state[0].mu["layers"]["mlp"]["up"].sharding.spec == (None, "fsdp", "tensor")
+    assert right.opt_state[0].mu["layers"]["mlp"]["up"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
 
 
 def test_training_learns_and_reports_every_part():
