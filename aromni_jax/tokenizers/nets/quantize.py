@@ -1,0 +1,96 @@
+"""A codebook learnt by exponential moving averages: nearest code, update, k-means start, revival of dead codes.
+
+Plain functions over a small state, so that a residual quantizer is a stack of them. Sources: van den Oord et al. 2017
+(appendix A.1, EMA update); Zeghidour et al. 2021, SoundStream (k-means start, revival); Yu et al. 2022, ViT-VQGAN
+(normalised latents).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from aromni_jax.arrays import FloatArray, IntArray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Codebook:
+    """`sum_CE` and `count_C` are moving averages of the latents a code received; `embedding_CE` is their ratio."""
+
+    embedding_CE: FloatArray
+    sum_CE: FloatArray
+    count_C: FloatArray
+
+
+def empty_codebook(num_codes: int, code_dim: int) -> Codebook:
+    """All zeros: a place for the k-means start."""
+    table_CE = jnp.zeros((num_codes, code_dim), jnp.float32)
+    return Codebook(table_CE, table_CE, jnp.zeros((num_codes,), jnp.float32))
+
+
+def normalize(latents: FloatArray) -> FloatArray:
+    """Latents of mean square 1 over the last axis: no code can win by its length, and warm-up has the right scale."""
+    return latents * jax.lax.rsqrt(jnp.mean(jnp.square(latents), axis=-1, keepdims=True) + 1e-6)
+
+
+def nearest_codes(embedding_CE: FloatArray, latents: FloatArray) -> IntArray:
+    """int32 index of the nearest code (Euclidean) of each latent: [..., E] -> [...]. Ties go to the lower index."""
+    scores = jnp.einsum("...E,CE->...C", latents, embedding_CE) - 0.5 * jnp.sum(jnp.square(embedding_CE), axis=-1)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def update(codebook: Codebook, latents_XE: FloatArray, codes_X: IntArray, decay: float) -> Codebook:
+    """Moves every code towards the mean of the latents that chose it."""
+    one_hot_XC = jax.nn.one_hot(codes_X, codebook.count_C.shape[0], dtype=jnp.float32)
+    count_C = decay * codebook.count_C + (1 - decay) * one_hot_XC.sum(axis=0)
+    sum_CE = decay * codebook.sum_CE + (1 - decay) * jnp.einsum("XC,XE->CE", one_hot_XC, latents_XE)
+    return _with_embedding(codebook.embedding_CE, sum_CE, count_C)
+
+
+def revive(codebook: Codebook, latents_XE: FloatArray, rng: jax.Array, below: float) -> Codebook:
+    """Gives codes used less than `below` times the average a latent of this batch to start from.
+
+    The moving averages are rewritten too; changing the embedding alone would be undone by the next update.
+    """
+    average = codebook.count_C.mean()
+    dead_C = codebook.count_C < below * average
+    chosen_CE = latents_XE[jax.random.randint(rng, dead_C.shape, 0, latents_XE.shape[0])]
+    count_C = jnp.where(dead_C, average, codebook.count_C)
+    sum_CE = jnp.where(dead_C[:, None], chosen_CE * average, codebook.sum_CE)
+    return _with_embedding(codebook.embedding_CE, sum_CE, count_C)
+
+
+@partial(jax.jit, static_argnames=("num_codes", "num_iterations"))
+def kmeans_codebook(
+    rng: jax.Array, samples_XE: FloatArray, count_per_step: FloatArray, num_codes: int, num_iterations: int = 12
+) -> Codebook:
+    """Codebook whose codes are the k-means centres of samples; `count_per_step`: latents per training step.
+
+    Needs at least `num_codes` samples. Centres that lose all their samples stay where they are.
+    """
+    start_C = jax.random.choice(rng, samples_XE.shape[0], (num_codes,), replace=False)
+
+    def iterate(centres_CE: FloatArray, _: None) -> tuple[FloatArray, FloatArray]:
+        one_hot_XC = jax.nn.one_hot(nearest_codes(centres_CE, samples_XE), num_codes, dtype=jnp.float32)
+        count_C = one_hot_XC.sum(axis=0)
+        mean_CE = jnp.einsum("XC,XE->CE", one_hot_XC, samples_XE) / jnp.maximum(count_C, 1)[:, None]
+        return jnp.where(count_C[:, None] > 0, mean_CE, centres_CE), count_C
+
+    centres_CE, counts = jax.lax.scan(iterate, samples_XE[start_C], None, length=num_iterations)
+    count_C = counts[-1] * (count_per_step / samples_XE.shape[0])
+    return Codebook(centres_CE, centres_CE * count_C[:, None], count_C)
+
+
+def perplexity(codes: IntArray, num_codes: int) -> FloatArray:
+    """exp of the entropy of code use: `num_codes` when all are used alike, 1 when one is."""
+    share_C = jnp.bincount(codes.reshape(-1), length=num_codes) / codes.size
+    return jnp.exp(-jnp.sum(share_C * jnp.log(share_C + 1e-10)))
+
+
+def _with_embedding(old_CE: FloatArray, sum_CE: FloatArray, count_C: FloatArray) -> Codebook:
+    embedding_CE = jnp.where(count_C[:, None] > 1e-4, sum_CE / jnp.maximum(count_C, 1e-4)[:, None], old_CE)
+    return Codebook(embedding_CE, sum_CE, count_C)
