@@ -1,7 +1,7 @@
 """The embedded corpus: real input made without a download, written to disk as any corpus would be.
 
-Handwritten digits that ship with scikit-learn (1,797 real scans), rendered scenes, and speech by espeak-ng become PNG and
-WAV files and a JSONL manifest of conversations, and then take the same road as a user's own data. One picture or
+Handwritten digits that ship with scikit-learn (1,797 real scans), rendered scenes, and speech by espeak-ng become PNG
+and WAV files and a JSONL manifest of conversations, and then take the same road as a user's own data. One picture or
 utterance serves several conversations by path.
 
     DIR/digits/*.png  DIR/scenes/*.png  DIR/speech_000/*.wav ...   each with part.jsonl: a line of facts per file
@@ -49,7 +49,13 @@ HELD_OUT_VOICES = ("en-us+f1", "en-gb-x-rp+m5")
 
 MANIFEST = "manifest.jsonl"
 _UTTERANCES_PER_PART = 900
-_DIGIT_CAPTIONS = ("a handwritten {}", "the digit {}", "a picture of the number {}", "the number {}", "a white {} on black")
+_DIGIT_CAPTIONS = (
+    "a handwritten {}",
+    "the digit {}",
+    "a picture of the number {}",
+    "the number {}",
+    "a white {} on black",
+)
 _DIGIT_QUESTIONS = ("which digit is this?", "what number is shown?", "what does it say?")
 
 Progress = Callable[[dict[str, Any]], None]
@@ -132,7 +138,9 @@ def _write_atomically(path: pathlib.Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _write_part(root: pathlib.Path, name: str, write: Callable[[pathlib.Path], list[Record]], report: Progress) -> list[Record]:
+def _write_part(
+    root: pathlib.Path, name: str, write: Callable[[pathlib.Path], list[Record]], report: Progress
+) -> list[Record]:
     """Runs `write` in a temporary directory and renames it to `name`; reads the facts back when the part exists."""
     if not (root / name).exists():
         temporary = root / f".tmp-{name}"
@@ -147,7 +155,9 @@ def _write_part(root: pathlib.Path, name: str, write: Callable[[pathlib.Path], l
 
 def _rng(seed: int, *key: str | int) -> np.random.Generator:
     """A generator of its own for every (seed, key): nothing depends on what was drawn before."""
-    return np.random.default_rng([seed, *(part if isinstance(part, int) else zlib.crc32(part.encode()) for part in key)])
+    return np.random.default_rng(
+        [seed, *(part if isinstance(part, int) else zlib.crc32(part.encode()) for part in key)]
+    )
 
 
 def digit_picture(scan_88: np.ndarray) -> np.ndarray:
@@ -203,7 +213,13 @@ def _write_scenes(path: pathlib.Path, pictures: list[_Picture]) -> list[Record]:
     for picture in pictures:
         PilImage.fromarray(scenes.render(picture.scene)).save(path / picture.name, compress_level=1)
     return [
-        {"name": p.name, "split": p.split, "holdout": p.holdout, "facts": p.scene.facts, "scene": dataclasses.asdict(p.scene)}
+        {
+            "name": p.name,
+            "split": p.split,
+            "holdout": p.holdout,
+            "facts": p.scene.facts,
+            "scene": dataclasses.asdict(p.scene),
+        }
         for p in pictures
     ]
 
@@ -220,7 +236,9 @@ class _Planned:
 
 
 def _utterance_list(sizes: CorpusSizes, seed: int, pictures: list[_Picture]) -> list[_Planned]:
-    by_group = {key: [p for p in pictures if (p.split, p.holdout) == key] for key in {(p.split, p.holdout) for p in pictures}}
+    by_group = {
+        key: [p for p in pictures if (p.split, p.holdout) == key] for key in {(p.split, p.holdout) for p in pictures}
+    }
     planned: list[_Planned] = []
 
     def plan(split: str, holdout: str, voice: str, text: str, label: str, scene: str) -> None:
@@ -310,7 +328,9 @@ def _conversations(
     digit_records = [record for record in digits if record["split"] == split]
     spoken = [record for record in speech if record["split"] == split]
 
-    def conversation(task: str, media: Record, user: list[Any], answer: list[Any], extra: Record | None = None) -> Record:
+    def conversation(
+        task: str, media: Record, user: list[Any], answer: list[Any], extra: Record | None = None
+    ) -> Record:
         stem = pathlib.PurePosixPath(media["path"]).with_suffix("")
         messages = [{"role": "user", "parts": user}] if user else []
         return {
@@ -332,14 +352,22 @@ def _conversations(
         yield conversation("question", record, [image, {"text": question}], [{"text": word}], {"words": word})
 
     for record in (record for record in scene_records if record["split"] == split):
-        rng, scene, image = _rng(seed, "scene text", record["name"]), scene_of[record["name"]], {"image": record["path"]}
+        rng, scene, image = (
+            _rng(seed, "scene text", record["name"]),
+            scene_of[record["name"]],
+            {"image": record["path"]},
+        )
         captions = [scenes.caption(scene, rng) for _ in range(4)]
         yield conversation("text_to_image", record, [{"text": captions[0]}], [image], {"tag": "a"})
         if split == "train":
-            yield conversation("text_to_image", record, [{"text": scenes.short_phrase(scene, rng)}], [image], {"tag": "b"})
+            yield conversation(
+                "text_to_image", record, [{"text": scenes.short_phrase(scene, rng)}], [image], {"tag": "b"}
+            )
         yield conversation("caption", record, [image], [{"text": captions[1]}], {"words": captions[1]})
         question, answer = scenes.question(scene, rng)
-        yield conversation("question", record, [image, {"text": question}], [{"text": answer}], {"tag": "seen", "words": answer})
+        yield conversation(
+            "question", record, [image, {"text": question}], [{"text": answer}], {"tag": "seen", "words": answer}
+        )
         question, answer = scenes.question(scene, rng)
         read = [{"text": f"{captions[2]}. {question}"}]
         yield conversation("question", record, read, [{"text": answer}], {"tag": "read", "words": answer})
@@ -348,7 +376,8 @@ def _conversations(
     for record in spoken:
         words, sound = record["facts"]["words"], {"speech": record["path"]}
         yield conversation("speech_to_text", record, [sound], [{"text": words}])
-        if record["holdout"] != "voice":  # text does not say whose voice is wanted, so an unheard one cannot be asked for
+        # Text does not say whose voice is wanted, so an unheard one cannot be asked for.
+        if record["holdout"] != "voice":
             yield conversation("text_to_speech", record, [{"text": words}], [sound])
 
     by_digit = {str(d): [r for r in spoken if not r["scene"] and r["facts"]["label"] == str(d)] for d in range(10)}

@@ -1,8 +1,9 @@
 """Speech by espeak-ng through ctypes: the library and its voices come in the `espeakng-loader` wheel.
 
-espeak-ng keeps state between utterances (the phase of its voice flutter), so a waveform depends on everything the
-process said before. `speak_list` therefore runs a list of utterances in a fresh process with a fixed seed: the same list
-gives the same bytes, anywhere, and two lists can be spoken at once although the library is not thread-safe.
+espeak-ng keeps state between utterances (its random numbers and the phase of its voice flutter), so a waveform depends
+on everything the process said before. `start_speaking` therefore runs a list of utterances in a fresh process with a
+fixed seed: the same list gives the same bytes, and two lists can be spoken at once although the library is not
+thread-safe.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _MARGIN_SECONDS = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:
-    """What to say and how: `rate` in words per minute, `pitch` 0..99 (50 is the voice's own), `name` of the WAV file."""
+    """What to say and how: `rate` in words per minute, `pitch` 0..99 (50 is the voice's own), WAV file `name`."""
 
     name: str
     text: str
@@ -49,7 +50,7 @@ class Espeak:
         data_path = espeakng_loader.get_data_path().encode()
         self._native_rate_hz = self._library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data_path, 0)
         if self._native_rate_hz <= 0:
-            raise ValueError(f"espeak-ng did not start with the data in {data_path.decode()}; reinstall espeakng-loader")
+            raise ValueError(f"espeak-ng did not start with {data_path.decode()}; reinstall espeakng-loader")
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(_RANDOM_SEED))
         self._chunks: list[np.ndarray] = []
         callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
@@ -67,7 +68,7 @@ class Espeak:
         from scipy.signal import resample_poly
 
         if self._library.espeak_SetVoiceByName(utterance.voice.encode()) != 0:
-            raise ValueError(f"espeak-ng has no voice {utterance.voice!r}; try en-us, en-us+f2, en-gb-x-rp, en-gb-scotland")
+            raise ValueError(f"espeak-ng has no voice {utterance.voice!r}; try en-us, en-us+f2 or en-gb-x-rp")
         self._library.espeak_SetParameter(_PARAMETER_RATE, utterance.rate, 0)
         self._library.espeak_SetParameter(_PARAMETER_PITCH, utterance.pitch, 0)
         self._chunks.clear()

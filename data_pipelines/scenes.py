@@ -39,7 +39,7 @@ PLACES: dict[str, tuple[float, float]] = {
 """Place word -> direction from the middle of the picture (x to the right, y down)."""
 
 HELD_OUT_COMBINATIONS = (("red", "star"), ("green", "ring"), ("blue", "triangle"), ("yellow", "cross"))
-"""Colour-shape pairs that no training record shows, writes or says; each colour and each shape is trained with others."""
+"""Colour-shape pairs that no training record shows, writes or says; their colours and shapes appear in other pairs."""
 
 _PLACE_PHRASES = {
     "left": ("on the left", "at the left", "on the left side"),

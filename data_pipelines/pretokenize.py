@@ -1,0 +1,324 @@
+"""From conversations to token shards, exactly once: any number of processes, in any order, again after a crash.
+
+Shard k holds records [k * records_per_shard, (k + 1) * records_per_shard) of the source and depends on nothing else
+than these, the tokenizers, the templates and the settings. A shard whose marker is there is done; any other is made
+again from nothing. Who makes it does not matter, so process i of n takes shards i, i + n, i + 2n, ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from aromni_jax.structs import Image, Message, Part, Speech
+from aromni_jax.tokenizers import joint
+from aromni_jax.tokenizers.bundle import TokenizerBundle
+from aromni_jax.tokenizers.prompts import Templates, load_templates
+from aromni_jax.vocab import JointVocab
+from data_pipelines import records
+from data_pipelines.records import StoredExample, read_marker, shard_name, write_atomically, write_shard
+from data_pipelines.sources import Conversation, ManifestSource, MediaFile, RecordError, load_image, load_speech
+
+_STALE_SECONDS = 24 * 3600
+QUARANTINE_FILE = "quarantine.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class PretokenizeConfig:
+    """What becomes a data set.
+
+    `source` is a JSONL manifest (see `sources`), `split` the part of it to take ("" for all), `heldout_fraction` the
+    share of groups that is held out where lines name no split. `tokenizers` is a saved TokenizerBundle. A conversation
+    of more than `max_tokens` tokens (0: no limit) is dropped and counted, or an error, as `too_long` says. Records that
+    cannot be used go to the quarantine file with the reason; more than `max_bad_fraction` of them stop the run.
+    """
+
+    source: str
+    split: str
+    tokenizers: str
+    templates: str
+    heldout_fraction: float = 0.0
+    records_per_shard: int = 4096
+    media_batch_size: int = 64
+    max_tokens: int = 0
+    too_long: Literal["drop", "error"] = "drop"
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("records_per_shard", "media_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config key '{name}': must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"config key 'max_bad_fraction': must be in 0..1, not {self.max_bad_fraction}")
+
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def pretokenize(
+    config: PretokenizeConfig,
+    output_dir: str | os.PathLike[str],
+    *,
+    shard_index: int = 0,
+    num_shards: int = 1,
+    bundle: TokenizerBundle | None = None,
+    progress: Progress | None = None,
+) -> bool:
+    """Makes the shards of worker `shard_index` of `num_shards`; finalizes and returns True when all shards are there.
+
+    `progress` is called after every batch of media with {"done", "total", "seconds", "quarantined"}, counted in records
+    of this worker.
+
+    Raises:
+      ValueError: too many bad records, an output directory of another run, no source, a tokenizer that is not there.
+    """
+    if not 0 <= shard_index < num_shards:
+        raise ValueError(f"shard_index must be in 0..{num_shards - 1}, not {shard_index}")
+    job = _Job(config, pathlib.Path(output_dir), bundle)
+    mine = range(shard_index, job.num_units, num_shards)
+    total = sum(len(job.unit(index)) for index in mine)
+    job.run_units(mine, total, progress or (lambda event: None))
+    if any(read_marker(job.directory, index) is None for index in range(job.num_units)):
+        return False
+    job.finalize()
+    return True
+
+
+class _Job:
+    """Source, tokenizers and settings of one run, and the directory its shards go to."""
+
+    def __init__(self, config: PretokenizeConfig, directory: pathlib.Path, bundle: TokenizerBundle | None) -> None:
+        self.config = config
+        self.directory = directory
+        self.source = ManifestSource(config.source, split=config.split, heldout_fraction=config.heldout_fraction)
+        self.bundle = bundle or TokenizerBundle.load(config.tokenizers)
+        self.vocab = self.bundle.vocab() if bundle else _saved_vocab(config.tokenizers)
+        self.templates: Templates = load_templates(config.templates)
+        self.num_units = -(-len(self.source) // config.records_per_shard)
+        # Where things lie and how many are encoded at once does not change a shard; everything else does.
+        settings = {
+            name: value
+            for name, value in dataclasses.asdict(config).items()
+            if name not in ("source", "tokenizers", "templates", "media_batch_size", "max_bad_fraction")
+        }
+        self.description: dict[str, Any] = {
+            "source": {"name": self.source.path.name, "fingerprint": self.source.fingerprint},
+            "templates": {"name": self.templates.name, "fingerprint": self.templates.fingerprint},
+            "tokenizers": dict(sorted(self.bundle.fingerprints.items())),
+            "settings": settings,
+        }
+        identity = {"format_version": records.FORMAT_VERSION, "vocab": self.vocab.fingerprint, **self.description}
+        self.run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.suffix = f"{socket.gethostname()}-{os.getpid()}"
+
+    def unit(self, index: int) -> range:
+        """Record indices of shard `index`."""
+        start = index * self.config.records_per_shard
+        return range(start, min(start + self.config.records_per_shard, len(self.source)))
+
+    def run_units(self, mine: Sequence[int], total: int, progress: Progress) -> None:
+        allowed = int(self.config.max_bad_fraction * total)
+        started, done, bad = time.monotonic(), 0, 0
+
+        def report(share_of_shard: float) -> None:
+            now = done + round(share_of_shard * len(self.unit(index)))
+            seconds = time.monotonic() - started
+            progress({"done": now, "total": total, "seconds": seconds, "quarantined": bad})
+
+        for index in mine:
+            marker = read_marker(self.directory, index)
+            if marker is not None and marker.run != self.run:
+                raise ValueError(
+                    f"{self.directory} holds shards of another run ({marker.run}, this one is {self.run}): source, "
+                    "tokenizers, templates or settings differ. Choose another output directory or empty this one"
+                )
+            if marker is None:
+                self._sweep(index)
+                quarantine = self._make_shard(index, allowed - bad, report)
+                marker = read_marker(self.directory, index)
+                assert marker is not None and sum(marker.quarantined.values()) == len(quarantine)
+            bad += _num_bad(marker.quarantined)
+            done += len(self.unit(index))
+            progress({"done": done, "total": total, "seconds": time.monotonic() - started, "quarantined": bad})
+
+    def _sweep(self, index: int) -> None:
+        """Removes what a killed process left of this shard; files of a live process are left alone."""
+        host = socket.gethostname()
+        for leftover in self.directory.glob(f".tmp-{shard_name(index)}*"):
+            owner, _, process_id = leftover.name.rpartition("-")
+            local_and_dead = owner.endswith(f"-{host}") and process_id.isdigit() and not _is_alive(int(process_id))
+            if local_and_dead or time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                leftover.unlink(missing_ok=True)
+
+    def _make_shard(self, index: int, allowed_bad: int, report: Callable[[float], None]) -> list[dict[str, Any]]:
+        conversations, quarantine = [], []
+        for record in self.unit(index):
+            try:
+                conversations.append((record, self.source[record]))
+            except RecordError as error:
+                quarantine.append(self._rejection(record, "", error))
+        codes, failures = self._encode_media([conversation for _, conversation in conversations], report)
+        examples = []
+        for record, conversation in conversations:
+            try:
+                examples.append(self._encode(conversation, codes, failures))
+            except RecordError as error:
+                quarantine.append(self._rejection(record, conversation.key, error))
+        quarantine.sort(key=lambda line: line["record"])
+        reasons = Counter(line["stage"] for line in quarantine)
+        if _num_bad(reasons) > allowed_bad:
+            first = next(line for line in quarantine if line["stage"] != "length")
+            raise ValueError(
+                f"too many bad records: {_num_bad(reasons)} in {shard_name(index)}, more than max_bad_fraction "
+                f"{self.config.max_bad_fraction} of this worker's records; the first: {first['error']}"
+            )
+        # The quarantine file goes first: the marker that `write_shard` writes last vouches for both.
+        lines = "".join(json.dumps(line) + "\n" for line in quarantine)
+        quarantine_path = self.directory / f"{shard_name(index)}.{QUARANTINE_FILE}"
+        if lines:
+            write_atomically(quarantine_path, lines, self.suffix)
+        else:
+            quarantine_path.unlink(missing_ok=True)
+        write_shard(
+            self.directory,
+            index,
+            examples,
+            vocab_size=self.vocab.size,
+            run=self.run,
+            quarantined=dict(reasons),
+            suffix=self.suffix,
+        )
+        return quarantine
+
+    def _rejection(self, record: int, key: str, error: RecordError) -> dict[str, Any]:
+        where = self.source.where(record)
+        return {"record": record, "where": where, "key": key, "stage": error.stage, "error": str(error)}
+
+    def _encode_media(
+        self, conversations: Sequence[Conversation], report: Callable[[float], None]
+    ) -> tuple[dict[MediaFile, np.ndarray], dict[MediaFile, RecordError]]:
+        """Codes of every file the conversations name, each file encoded once; what does not decode becomes an error."""
+        files = list(dict.fromkeys(file for conversation in conversations for file in conversation.media()))
+        codes: dict[MediaFile, np.ndarray] = {}
+        failures: dict[MediaFile, RecordError] = {}
+        for kind in ("image", "speech"):
+            wanted = [file for file in files if file.kind == kind]
+            for batch in _chunks(wanted, self.config.media_batch_size):
+                loaded, prepared = [], []
+                for file in batch:
+                    try:
+                        prepared.append(self._prepare(file))
+                        loaded.append(file)
+                    except RecordError as error:
+                        failures[file] = error
+                if loaded and kind == "image":
+                    codes.update(zip(loaded, self.bundle.image.encode(np.stack(prepared)), strict=True))
+                elif loaded:
+                    codes.update(zip(loaded, self.bundle.speech.encode(prepared), strict=True))
+                report((len(codes) + len(failures)) / len(files))
+        return codes, failures
+
+    def _prepare(self, file: MediaFile) -> np.ndarray:
+        tokenizer = self.bundle.image if file.kind == "image" else self.bundle.speech
+        if tokenizer is None:
+            raise RecordError("media", f"the tokenizers have none for {file.kind}, which {file.path} needs")
+        try:
+            if file.kind == "image":
+                return tokenizer.prepare(load_image(file.path))
+            return tokenizer.prepare(*load_speech(file.path))
+        except RecordError:
+            raise
+        except ValueError as error:
+            raise RecordError("media", f"{file.path}: {error}") from error
+
+    def _encode(
+        self, conversation: Conversation, codes: dict[MediaFile, np.ndarray], failures: dict[MediaFile, RecordError]
+    ) -> StoredExample:
+        for file in conversation.media():
+            if file in failures:
+                raise failures[file]
+
+        def with_codes(part: Any) -> Part:
+            if not isinstance(part, MediaFile):
+                return part
+            return Image(codes_P=codes[part]) if part.kind == "image" else Speech(codes_KU=codes[part])
+
+        messages = [Message(m.role, tuple(with_codes(part) for part in m.parts)) for m in conversation.messages]
+        try:
+            example = joint.encode(
+                messages, conversation.task, self.vocab, self.bundle.text, self.templates, key=conversation.key
+            )
+        except ValueError as error:
+            raise RecordError("encode", f"{conversation.key}: {error}") from error
+        num_tokens, limit = len(example.tokens_L), self.config.max_tokens
+        if limit and num_tokens > limit:
+            message = f"{conversation.key} has {num_tokens} tokens, more than max_tokens {limit}"
+            if self.config.too_long == "error":
+                raise ValueError(f"{message}; raise max_tokens or set too_long='drop'")
+            raise RecordError("length", message)
+        return StoredExample(example, conversation.facts)
+
+    def finalize(self) -> None:
+        """Writes what makes the shards a data set; several processes may do so at once, with the same result."""
+        total_bad = 0
+        lines = []
+        for index in range(self.num_units):
+            marker = read_marker(self.directory, index)
+            assert marker is not None
+            total_bad += _num_bad(marker.quarantined)
+            path = self.directory / f"{shard_name(index)}.{QUARANTINE_FILE}"
+            if marker.quarantined:
+                lines.append(path.read_text())
+        if total_bad > self.config.max_bad_fraction * len(self.source):
+            raise ValueError(
+                f"{total_bad} of {len(self.source)} records are bad, more than max_bad_fraction "
+                f"{self.config.max_bad_fraction}; see the quarantine files in {self.directory}"
+            )
+        write_atomically(self.directory / QUARANTINE_FILE, "".join(lines))
+        if not (self.directory / "tokenizers").exists():
+            temporary = self.directory / f".tmp-tokenizers-{self.suffix}"
+            self.bundle.save(temporary, self.vocab)
+            try:
+                os.rename(temporary, self.directory / "tokenizers")
+            except OSError:  # another process was first; both wrote the same files
+                pass
+        device = {"device_kind": jax.devices()[0].device_kind}
+        records.finalize(
+            self.directory, self.num_units, run=self.run, vocab=self.vocab, description=self.description | device
+        )
+
+
+def _saved_vocab(tokenizers: str) -> JointVocab:
+    """The layout saved with the tokenizers: it may be another than the one they would be given today."""
+    return JointVocab.from_json((pathlib.Path(tokenizers) / records.VOCAB_FILE).read_text())
+
+
+def _num_bad(quarantined: dict[str, int] | Counter[str]) -> int:
+    """Records that could not be used; those left out for their length were dropped by choice."""
+    return sum(count for stage, count in quarantined.items() if stage != "length")
+
+
+def _chunks(items: Sequence[MediaFile], size: int) -> Iterator[Sequence[MediaFile]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _is_alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,361 @@
+"""Token shards: examples as msgpack records in ArrayRecord files, markers of whole shards, and `dataset.json`.
+
+    DIR/shard_00000.array_record   records, one group each, so that any of them is read by itself
+    DIR/shard_00000.npz            lengths_N, tasks_N, unigram_V: all that planning and statistics need
+    DIR/shard_00000.json           the marker, written last: counts, sizes, SHA-256, fingerprints
+    DIR/dataset.json  vocab.json   written by `finalize`: the data set exists once these do
+
+A record holds facts only: ids, spans (start, length, modality, role, message, part), task, key, the source's facts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgpack
+import numpy as np
+from array_record.python import array_record_module
+
+from aromni_jax.structs import Example, Modality, Role, Span, Task
+from aromni_jax.vocab import JointVocab
+
+FORMAT_VERSION = 1
+DATASET_FILE, VOCAB_FILE = "dataset.json", "vocab.json"
+_WRITER_OPTIONS = "group_size:1,zstd:1"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoredExample:
+    """An example and what its source says about it (label, voice, hold-out, ...)."""
+
+    example: Example
+    facts: dict[str, Any]
+
+
+def encode_record(stored: StoredExample) -> bytes:
+    """Packs an example: ids as uint16 where they fit, else uint32."""
+    example = stored.example
+    dtype = "<u2" if example.tokens_L.max(initial=0) < 2**16 else "<u4"
+    spans = np.array([dataclasses.astuple(span) for span in example.spans], "<i4")
+    return msgpack.packb(
+        {
+            "version": FORMAT_VERSION,
+            "key": example.key,
+            "task": int(example.task),
+            "dtype": dtype,
+            "tokens": example.tokens_L.astype(dtype).tobytes(),
+            "spans": spans.tobytes(),
+            "facts": stored.facts,
+        }
+    )
+
+
+def decode_record(data: bytes) -> StoredExample:
+    """Inverse of `encode_record`; ValueError when the bytes are not a record or its spans do not cover its tokens."""
+    try:
+        fields = msgpack.unpackb(data)
+        tokens_L = np.frombuffer(fields["tokens"], fields["dtype"]).astype(np.int32)
+        spans = tuple(
+            Span(start, length, _MODALITIES[modality], _ROLES[role], message, part)
+            for start, length, modality, role, message, part in np.frombuffer(fields["spans"], "<i4")
+            .reshape(-1, 6)
+            .tolist()
+        )
+        if sum(span.length for span in spans) != len(tokens_L):
+            raise ValueError("its spans do not cover its tokens")
+        return StoredExample(Example(tokens_L, spans, Task(fields["task"]), fields["key"]), fields["facts"])
+    except (KeyError, TypeError, IndexError, ValueError, msgpack.UnpackException) as error:
+        raise ValueError(f"damaged record: {error}") from error
+
+
+_MODALITIES = tuple(Modality)
+_ROLES = tuple(Role)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardMarker:
+    """What is true of a finished shard. `run` identifies the source, tokenizers, templates and settings behind it."""
+
+    name: str
+    records: int
+    tokens: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+    run: str
+    quarantined: dict[str, int]
+    counts_TMR: list[list[list[int]]]
+    """Target tokens by task, modality and role."""
+
+
+def shard_name(index: int) -> str:
+    return f"shard_{index:05d}"
+
+
+def write_shard(
+    directory: pathlib.Path,
+    index: int,
+    examples: Iterable[StoredExample],
+    *,
+    vocab_size: int,
+    run: str,
+    quarantined: dict[str, int],
+    suffix: str,
+) -> ShardMarker:
+    """Writes one shard so that it is there whole or not at all: read back, hashed, renamed, marker last.
+
+    `suffix` makes the temporary names of this process its own.
+    """
+    name = shard_name(index)
+    data_temporary, index_temporary = (
+        directory / f".tmp-{name}-data-{suffix}",
+        directory / f".tmp-{name}-index-{suffix}",
+    )
+    counts_TMR = np.zeros((len(Task), len(Modality), len(Role)), np.int64)
+    unigram_V = np.zeros(vocab_size, np.int64)
+    lengths, tasks = [], []
+    writer = array_record_module.ArrayRecordWriter(str(data_temporary), _WRITER_OPTIONS)
+    try:
+        for stored in examples:
+            example = stored.example
+            writer.write(encode_record(stored))
+            lengths.append(len(example.tokens_L))
+            tasks.append(int(example.task))
+            np.add.at(counts_TMR[example.task], (example.modality_L[1:], example.roles_L[1:]), 1)
+            np.add.at(unigram_V, example.tokens_L[1:], 1)
+    finally:
+        writer.close()
+    with index_temporary.open("wb") as file:
+        np.savez(
+            file,
+            lengths_N=np.array(lengths, np.int32),
+            tasks_N=np.array(tasks, np.int8),
+            unigram_V=unigram_V,
+            allow_pickle=False,
+        )
+    if lengths:
+        reader = array_record_module.ArrayRecordReader(str(data_temporary), _READER_OPTIONS)
+        if reader.num_records() != len(lengths):
+            raise ValueError(
+                f"{name}: wrote {len(lengths)} records and read back {reader.num_records()}; is the disk full?"
+            )
+        reader.close()
+    marker = ShardMarker(
+        name=name,
+        records=len(lengths),
+        tokens=int(sum(lengths)),
+        bytes=data_temporary.stat().st_size,
+        sha256=_sha256(data_temporary),
+        index_sha256=_sha256(index_temporary),
+        run=run,
+        quarantined=dict(sorted(quarantined.items())),
+        counts_TMR=counts_TMR.tolist(),
+    )
+    for temporary, final in ((data_temporary, f"{name}.array_record"), (index_temporary, f"{name}.npz")):
+        _flush_to_disk(temporary)
+        os.replace(temporary, directory / final)
+    write_atomically(directory / f"{name}.json", json.dumps(dataclasses.asdict(marker), indent=1) + "\n", suffix)
+    return marker
+
+
+def read_marker(directory: pathlib.Path, index: int) -> ShardMarker | None:
+    """The marker of shard `index`, or None when the shard is not finished."""
+    path = directory / f"{shard_name(index)}.json"
+    if not path.exists():
+        return None
+    try:
+        return ShardMarker(**json.loads(path.read_text()))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a shard marker ({error}); delete it and pre-tokenize that shard again"
+        ) from error
+
+
+def write_atomically(path: pathlib.Path, text: str, suffix: str = "") -> None:
+    """Writes `text` under a temporary name, flushes it to disk and renames it to `path`."""
+    temporary = path.with_name(f".tmp-{path.name}-{suffix or os.getpid()}")
+    temporary.write_text(text)
+    _flush_to_disk(temporary)
+    os.replace(temporary, path)
+
+
+def _flush_to_disk(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class TokenDataset:
+    """A finished data set, by record index across shards; opening it checks that every shard is there and whole.
+
+    `lengths_N` (tokens per record) and `tasks_N` are arrays; `dataset` is the content of `dataset.json`. `verify` reads
+    every shard and compares SHA-256, which finds any flipped bit; otherwise sizes are compared and ArrayRecord's own
+    hashes guard each record as it is read.
+
+    Raises:
+      ValueError: not a data set, made with another vocabulary, or a shard is missing, empty, truncated or changed.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], vocab: JointVocab | None = None, *, verify: bool = False
+    ) -> None:
+        self.directory = pathlib.Path(directory)
+        path = self.directory / DATASET_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{self.directory} is not a finished data set (it has no {DATASET_FILE}); "
+                "run `aromni pretokenize` to its end"
+            )
+        self.dataset: dict[str, Any] = json.loads(path.read_text())
+        if vocab is not None:
+            vocab.check_fingerprint(self.dataset["vocab_fingerprint"], f"the data set {self.directory}")
+        self.markers = [ShardMarker(**marker) for marker in self.dataset["shards"]]
+        indices = [self._check_shard(marker, verify) for marker in self.markers]
+        self.lengths_N = np.concatenate([index["lengths_N"] for index in indices])
+        self.tasks_N = np.concatenate([index["tasks_N"] for index in indices])
+        self._first_records = np.cumsum([0, *(marker.records for marker in self.markers)])
+        self._local = threading.local()
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal exactly when the records are the same."""
+        return self.dataset["fingerprint"]
+
+    @functools.cached_property
+    def unigram_V(self) -> np.ndarray:
+        """int64: how often each vocabulary row is a target."""
+        return np.load(self.directory / "unigram.npy")
+
+    @functools.cached_property
+    def counts_TMR(self) -> np.ndarray:
+        """int64: target tokens by task, modality and role."""
+        return np.sum([marker.counts_TMR for marker in self.markers], axis=0)
+
+    def _check_shard(self, marker: ShardMarker, verify: bool) -> dict[str, np.ndarray]:
+        path = self.directory / f"{marker.name}.array_record"
+        remedy = f"delete {marker.name}.json and run `aromni pretokenize` again to remake that shard"
+        if not path.exists():
+            raise ValueError(f"shard {path} is missing; {remedy}")
+        size = path.stat().st_size
+        if size != marker.bytes:
+            state = "empty" if size == 0 else "truncated" if size < marker.bytes else "changed"
+            raise ValueError(f"shard {path} is {state}: it has {size} bytes, its marker says {marker.bytes}; {remedy}")
+        if verify and _sha256(path) != marker.sha256:
+            raise ValueError(f"shard {path} is damaged: its SHA-256 is not the one of its marker; {remedy}")
+        index_path = self.directory / f"{marker.name}.npz"
+        if not index_path.exists() or _sha256(index_path) != marker.index_sha256:
+            raise ValueError(f"the index {index_path} is missing or damaged; {remedy}")
+        with np.load(index_path) as index:
+            return {name: index[name] for name in ("lengths_N", "tasks_N")}
+
+    def __len__(self) -> int:
+        return int(self._first_records[-1])
+
+    def where(self, index: int) -> str:
+        """`DIR/shard_00002 record 17`."""
+        shard = int(np.searchsorted(self._first_records, index, side="right")) - 1
+        return f"{self.directory / self.markers[shard].name} record {index - int(self._first_records[shard])}"
+
+    def __getitem__(self, index: int) -> StoredExample:
+        """Record `index`; ValueError naming shard and record when it is damaged."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = int(np.searchsorted(self._first_records, index, side="right")) - 1
+        offset = int(index - self._first_records[shard])
+        try:
+            # `read(i, i + 1)` is constant time; ArrayRecord's own `__getitem__` protocol is linear in the file.
+            (data,) = self._reader(shard).read(offset, offset + 1)
+            stored = decode_record(data)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise ValueError(f"{self.where(index)} does not read: {error}") from error
+        if len(stored.example.tokens_L) != self.lengths_N[index]:
+            raise ValueError(
+                f"{self.where(index)} has {len(stored.example.tokens_L)} tokens, not {self.lengths_N[index]}"
+            )
+        return stored
+
+    def _reader(self, shard: int) -> Any:
+        """A reader of this thread's own."""
+        readers = self._local.__dict__
+        if shard not in readers:
+            path = self.directory / f"{self.markers[shard].name}.array_record"
+            readers[shard] = array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
+        return readers[shard]
+
+    def __iter__(self) -> Iterator[StoredExample]:
+        return (self[index] for index in range(len(self)))
+
+
+def finalize(
+    directory: pathlib.Path, num_shards: int, *, run: str, vocab: JointVocab, description: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes `dataset.json`, `vocab.json` and `unigram.npy` once every shard is finished, and returns the former.
+
+    Raises:
+      ValueError: a shard is missing or was made by another run.
+    """
+    markers = [read_marker(directory, index) for index in range(num_shards)]
+    missing = [shard_name(i) for i, marker in enumerate(markers) if marker is None or marker.run != run]
+    if missing:
+        raise ValueError(
+            f"{directory} lacks {len(missing)} of {num_shards} shards of this run: {', '.join(missing[:8])}"
+        )
+    present = [marker for marker in markers if marker is not None]
+    unigram_V = np.zeros(vocab.size, np.int64)
+    for marker in present:
+        with np.load(directory / f"{marker.name}.npz") as index:
+            unigram_V += index["unigram_V"]
+    temporary = directory / f".tmp-unigram-{os.getpid()}.npy"
+    np.save(temporary, unigram_V)
+    os.replace(temporary, directory / "unigram.npy")
+    content = hashlib.sha256("".join(marker.sha256 for marker in present).encode()).hexdigest()[:16]
+    dataset = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": content,
+        "vocab_fingerprint": vocab.fingerprint,
+        "run": run,
+        **description,
+        "statistics": statistics(np.sum([m.counts_TMR for m in present], axis=0), present),
+        "shards": [dataclasses.asdict(marker) for marker in present],
+    }
+    write_atomically(directory / VOCAB_FILE, vocab.to_json())
+    write_atomically(directory / DATASET_FILE, json.dumps(dataset, indent=1) + "\n")
+    return dataset
+
+
+def statistics(counts_TMR: np.ndarray, markers: list[ShardMarker]) -> dict[str, Any]:
+    """Records, tokens, and target tokens by task, modality and role, for people and for the statistics page."""
+    quarantined: dict[str, int] = {}
+    for marker in markers:
+        for reason, count in marker.quarantined.items():
+            quarantined[reason] = quarantined.get(reason, 0) + count
+    return {
+        "records": sum(marker.records for marker in markers),
+        "tokens": sum(marker.tokens for marker in markers),
+        "quarantined": quarantined,
+        "target_tokens": {
+            task.label: {
+                modality.label: {role.name.lower(): int(counts_TMR[task, modality, role]) for role in Role}
+                for modality in Modality
+                if counts_TMR[task, modality].any()
+            }
+            for task in Task
+            if counts_TMR[task].any()
+        },
+    }
