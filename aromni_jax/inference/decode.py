@@ -84,6 +84,9 @@ def generate(
     # Rows of like length stand together: a batch costs as much as its longest prompt and its longest answer.
     order = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i].tokens_L)))
     rows_per_call = batch_size if len(prompts) > batch_size else bucket_of(len(prompts), (1, 2, 4, 8, 16, batch_size))
+    # One program for the whole call: compiling another one would cost more than some padding.
+    width = bucket_of(max((len(p.tokens_L) for p in prompts), default=1))
+    max_new = bucket_of(max(limits, default=1))
     answers: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
     for first in range(0, len(order), rows_per_call):
         chosen = order[first : first + rows_per_call]
@@ -93,6 +96,8 @@ def generate(
             [prompts[i] for i in chosen],
             np.array([limits[i] for i in chosen], np.int32),
             row_keys(seed, [row_ids[i] for i in chosen] + [0] * (rows_per_call - len(chosen))),
+            width,
+            max_new,
         )
         for row, i in enumerate(chosen):
             answers[i] = tokens_BT[row, : lengths_B[row]]
@@ -102,11 +107,16 @@ def generate(
 
 
 def _generate_batch(
-    model: OmniModel, grammar: Grammar, prompts: list[Example], limits_B: np.ndarray, keys_B: jax.Array
+    model: OmniModel,
+    grammar: Grammar,
+    prompts: list[Example],
+    limits_B: np.ndarray,
+    keys_B: jax.Array,
+    width: int,
+    max_new_tokens: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pads one batch to its buckets and runs it: tokens [B, T] and the length of each answer."""
+    """Pads one batch to `width` tokens and one row per key, and runs it: tokens [B, T] and each answer's length."""
     spare = len(keys_B) - len(prompts)
-    width = bucket_of(max(len(p.tokens_L) for p in prompts))
     prompt_BL = np.full((len(keys_B), width), model.vocab.pad, np.int32)
     lengths_B = np.ones(len(keys_B), np.int32)
     for row, example in enumerate(prompts):
@@ -127,7 +137,7 @@ def _generate_batch(
         state,
         np.pad(limits_B, (0, spare)),
         keys_B,
-        max_new_tokens=bucket_of(int(limits_B.max())),
+        max_new_tokens=max_new_tokens,
     )
     return np.asarray(tokens_BT), np.asarray(steps_B)
 

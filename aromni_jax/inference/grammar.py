@@ -234,9 +234,7 @@ class _Builder:
             self.move(frames[0], "end_speech", spoken)
             loops.append((spoken, policy.after["speech"]))
         if "image" in used:
-            entry["image"] = drawing = self.state(
-                f"{name}: image", base + 4, policy.image, self.vocab.tokens_per_image
-            )
+            entry["image"] = drawing = self.state(f"{name}: image", base + 4, policy.image, self.vocab.tokens_per_image)
             drawn = self.state(f"{name}: after image", base, policy.text)
             self.move(drawing, "image", drawing, at_budget=False)
             self.move(drawing, "end_image", drawn, before=False)
