@@ -1,0 +1,327 @@
+"""Checkpoints: train state, data position and the identity of a run in one Orbax step, and nothing restored unchecked.
+
+On disk every array has the name of its path in the state (`params/layers/attention/q`), whatever Python containers hold
+it, so that optimizer classes may move without touching old checkpoints. Beside the arrays a step records the facts
+about the run (config, vocabulary and data fingerprints, data position) and one checksum per array: Orbax notices a file
+that was cut short, but reads flipped bits as numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from aromni_jax.arrays import PyTree
+from aromni_jax.config import CheckpointConfig
+from aromni_jax.train import workdir as workdirs
+
+log = logging.getLogger(__name__)
+
+STACKED = "layers"
+"""Arrays below a key of this name carry the layer on their first axis. Each layer is stored in chunks of its own, so that
+reading one layer of a large model reads no other."""
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that exists but cannot be read as what was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFacts:
+    """What a checkpoint says about its run, beside the arrays. Everything is JSON.
+
+    `data_position` is the state of the batch iterator after the last trained step, `metrics_window` the sums since the
+    last logged line (`train.metrics`): with both, the resumed run writes the lines an uninterrupted one would have.
+    """
+
+    config: dict[str, Any]
+    vocab_fingerprint: str
+    data_fingerprint: str
+    data_position: dict[str, Any]
+    metrics_window: dict[str, Any]
+
+
+def _key_name(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    raise TypeError(f"no name for tree entry {entry!r}")
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """{"params/layers/attention/q": leaf, ...} in tree order; `None` has no leaves."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {"/".join(map(_key_name, path)): leaf for path, leaf in leaves}
+    assert len(named) == len(leaves), "two leaves of the state have one name"
+    return named
+
+
+def nested(named: dict[str, Any]) -> dict[str, Any]:
+    """{"a/b": 1} -> {"a": {"b": 1}}: the tree that Orbax stores."""
+    tree: dict[str, Any] = {}
+    for name, leaf in named.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _checksum(array: jax.Array) -> jax.Array:
+    """Sum over the bits of every element times an odd number that depends on its place, modulo 2**32.
+
+    Integer addition has no order: the same on every mesh. An odd factor keeps any single flipped bit visible.
+    """
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")).astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+@jax.jit
+def _checksums(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([_checksum(array) for array in arrays])
+
+
+def checksums(named: dict[str, Any]) -> dict[str, int]:
+    """One uint32 per array, equal for equal contents on any mesh, in any process."""
+    values = np.asarray(_checksums(list(named.values())))
+    return {name: int(value) for name, value in zip(named, values)}
+
+
+def context(partial: bool = False) -> ocp.Context:
+    """Orbax options for everything here: a chunk per layer on write; `partial` restores only the arrays asked for."""
+    made = ocp.Context()
+    saving = made.array_options.saving
+
+    def storage(path: Any, leaf: Any) -> Any:
+        stacked = STACKED in map(_key_name, path) and getattr(leaf, "ndim", 0) > 1
+        return type(saving).StorageOptions(shard_axes=(0,)) if stacked else None
+
+    saving.scoped_storage_options_creator = storage
+    made.pytree_options.loading.partial_load = partial
+    return made
+
+
+def describe_differences(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Readable differences between two {name: array-like} maps in names, shapes and dtypes; "" where there are none."""
+    lines = [f"{name} is saved but not expected" for name in saved if name not in wanted]
+    lines += [f"{name} is expected but not saved" for name in wanted if name not in saved]
+    for name in (name for name in wanted if name in saved):
+        old, new = saved[name], wanted[name]
+        if tuple(old.shape) != tuple(new.shape):
+            lines.append(f"{name} has shape {tuple(old.shape)}, expected {tuple(new.shape)}")
+        elif old.dtype != new.dtype:
+            lines.append(f"{name} has dtype {old.dtype}, expected {new.dtype}: values are never cast silently")
+    shown = lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else [])
+    return "; ".join(shown)
+
+
+def list_steps(directory: pathlib.Path) -> list[int]:
+    """Steps of the finished checkpoints below a `checkpoints/` folder, oldest first: Orbax names a step when it is whole."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit() and entry.is_dir())
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedStep:
+    """One finished checkpoint, opened for reading: the facts, and name -> shape and dtype of every array."""
+
+    path: pathlib.Path
+    step: int
+    facts: RunFacts
+    leaves: dict[str, jax.ShapeDtypeStruct]
+    checksums: dict[str, int]
+
+    @classmethod
+    def open(cls, directory: pathlib.Path, step: int) -> SavedStep:
+        """Reads what describes the arrays, not the arrays; raises DamagedCheckpoint where that is not whole."""
+        path = directory / str(step)
+        try:
+            with _quiet():
+                found = ocp.checkpointables_metadata(path)
+            custom = found.custom_metadata
+            if not custom or not isinstance(found.metadata.get("state"), dict):
+                raise DamagedCheckpoint(f"{path}: its description is missing or cut short")
+            leaves = named_leaves(found.metadata["state"])
+            structs = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+            facts = RunFacts(**custom["facts"])
+            return cls(path, step, facts, structs, custom["checksums"])
+        except DamagedCheckpoint:
+            raise
+        except Exception as error:
+            raise DamagedCheckpoint(f"{path}: {_root_cause(error)}") from error
+
+    def restore(self, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Reads the named arrays onto the shardings of `wanted` (any mesh) and compares their checksums.
+
+        Raises:
+          ValueError: `wanted` names arrays that are not there, or with another shape or dtype.
+          DamagedCheckpoint: the files do not hold what was saved.
+        """
+        differences = describe_differences({n: leaf for n, leaf in self.leaves.items() if n in wanted}, wanted)
+        if differences:
+            raise ValueError(f"checkpoint {self.path} does not fit: {differences}")
+        failure: Exception | None = None
+        arrays: dict[str, jax.Array] = {}
+        try:
+            with _quiet(), context(partial=True):
+                arrays = named_leaves(ocp.load_checkpointables(self.path, {"state": nested(wanted)})["state"])
+        except Exception as error:
+            failure = error
+        if _any_process(failure is not None):
+            cause = _root_cause(failure) if failure else "another process could not read its part"
+            raise DamagedCheckpoint(f"{self.path}: {cause}") from failure
+        arrays = {name: arrays[name] for name in wanted}
+        found = checksums(arrays)
+        wrong = [name for name in wanted if found[name] != self.checksums.get(name)]
+        if wrong:
+            raise DamagedCheckpoint(f"{self.path}: contents changed since they were saved in {', '.join(wrong[:4])}")
+        return arrays
+
+
+class Checkpointer:
+    """Saves and restores one run below `workdir/checkpoints`; the same calls on every process.
+
+    `save` returns as soon as the arrays are copied off the devices; files are written in the background, and a failed
+    write is raised by the next `save`, `wait` or `close`. Opening removes what a killed save left behind.
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
+        self.directory = workdir / workdirs.CHECKPOINTS
+        self._config = config
+        self._open()
+
+    def _open(self) -> None:
+        policies = ocp.training.preservation_policies
+        keep: list[Any] = [policies.LatestN(max(self._config.keep_last, 1))]
+        if self._config.keep_every_steps:
+            keep.append(policies.EveryNSteps(self._config.keep_every_steps))
+        self._orbax = ocp.training.Checkpointer(
+            self.directory,
+            context=context(),
+            # The loop decides when to save; Orbax is never asked twice.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def steps(self) -> list[int]:
+        """Steps with a finished checkpoint, oldest first."""
+        return list_steps(self.directory)
+
+    def save(self, step: int, state: PyTree, facts: RunFacts) -> None:
+        """Saves `state` and `facts` as `step`; waits for the previous save first."""
+        named = named_leaves(state)
+        metadata = {"facts": dataclasses.asdict(facts), "checksums": checksums(named)}
+        tree = {"state": nested(named)}
+        if self._config.asynchronous:
+            started = self._orbax.save_checkpointables_async(step, tree, custom_metadata=metadata)
+        else:
+            started = self._orbax.save_checkpointables(step, tree, custom_metadata=metadata)
+        if not started:
+            raise RuntimeError(f"Orbax did not save step {step} below {self.directory}, after {self._orbax.latest}")
+
+    def restore_latest(
+        self, abstract_state: PyTree, check: Callable[[RunFacts], None]
+    ) -> tuple[int, PyTree, RunFacts] | None:
+        """Newest readable checkpoint as (step, state, facts), or None where none was ever finished.
+
+        `abstract_state` has the tree, shapes, dtypes and shardings wanted; `check` raises ValueError when the facts
+        belong to another run. A damaged checkpoint is set aside as `STEP.damaged`, the one before it is used, and both
+        are named in the log.
+
+        Raises:
+          ValueError: `check` refused, arrays do not fit, or every checkpoint is damaged.
+        """
+        wanted = named_leaves(abstract_state)
+        steps = self.steps()
+        damaged: list[tuple[int, DamagedCheckpoint]] = []
+        for step in reversed(steps):
+            try:
+                saved = SavedStep.open(self.directory, step)
+                check(saved.facts)
+                differences = describe_differences(saved.leaves, wanted)
+                if differences:
+                    raise ValueError(f"checkpoint {saved.path} is of another model or optimizer: {differences}")
+                arrays = saved.restore(wanted)
+            except DamagedCheckpoint as error:
+                log.error("checkpoint %d is damaged (%s)", step, error)
+                damaged.append((step, error))
+                continue
+            if damaged:
+                names = ", ".join(str(number) for number, _ in damaged)
+                log.error("using checkpoint %d instead of damaged %s (set aside as STEP.damaged)", step, names)
+                self._set_aside([number for number, _ in damaged])
+            state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted])
+            return step, state, saved.facts
+        if damaged:
+            raise ValueError(
+                f"no checkpoint below {self.directory} can be read ({damaged[0][1]}); start in another --workdir"
+            )
+        return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames damaged steps, so that the run can save these steps again."""
+        self._orbax.close()
+        if jax.process_index() == 0:
+            for step in steps:
+                free = next(
+                    name
+                    for number in range(len(steps) + 1000)
+                    if not (name := self.directory / f"{step}.damaged{number or ''}").exists()
+                )
+                (self.directory / str(step)).rename(free)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("aromni damaged checkpoints set aside")
+        self._open()
+
+    def wait(self) -> None:
+        """Blocks until the last save is on disk; raises what went wrong with it."""
+        self._orbax.wait()
+
+    def close(self) -> None:
+        """Waits and releases; call it before the process ends."""
+        self._orbax.close()
+
+
+def _any_process(flag: bool) -> bool:
+    """True where `flag` is true on any process: all of them take the same way."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def _root_cause(error: BaseException) -> str:
+    """First line of what really happened: Orbax reports most failures as a wrong handler and keeps the cause below."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).split("\n")[0].split(" [tensorstore_spec")[0].split(". See full TensorStore")[0]
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+class _quiet:
+    """Keeps Orbax and asyncio from printing pages about a file that we report in one line."""
+
+    def __enter__(self) -> None:
+        self._levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in ("absl", "asyncio")]
+        for logger, _ in self._levels:
+            logger.setLevel(logging.CRITICAL + 1)
+
+    def __exit__(self, *_: object) -> None:
+        for logger, level in self._levels:
+            logger.setLevel(level)

@@ -1,0 +1,255 @@
+"""The training loop: draws batches, runs the step, watches, saves, stops when asked. It knows no task and no data set.
+
+The device never waits for the host: while step s runs, batch s + 1 is drawn and placed, and the metrics of step s - 1
+are fetched. The step is compiled once, for the first batch: an argument of another shape or placement later is an error
+instead of a silent recompilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, Protocol
+
+import jax
+from jax.experimental import multihost_utils
+
+from aromni_jax.arrays import PyTree
+from aromni_jax.config import TrainConfig
+from aromni_jax.structs import PackedBatch
+from aromni_jax.train.checkpoint import Checkpointer, RunFacts
+from aromni_jax.train.metrics import MetricsWindow
+from aromni_jax.train.observe import Hook
+
+log = logging.getLogger(__name__)
+
+MAX_CONSECUTIVE_BAD_STEPS = 100
+"""A run whose steps are not finite this often in a row is over: it stops with an error instead of burning hours."""
+
+
+class Batches(Protocol):
+    """Where rows come from: the interface of `data_pipelines.pipeline.BatchIterator`."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __next__(self) -> PackedBatch: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def describe_batch(self, step: int) -> list[str]: ...
+
+
+class StopRequest:
+    """SIGTERM and SIGINT become a polite stop: `agreed` is true on every process at the same step. A context manager.
+
+    A second SIGINT interrupts at once. With several processes jax's preemption service spreads the notice: a SIGTERM to
+    any one of them stops all, at a step that none has passed yet.
+    """
+
+    def __init__(self) -> None:
+        self._requested = threading.Event()
+        self._restore: list[tuple[int, Any]] = []
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+        self._restore = [(number, signal.signal(number, self._handle)) for number in signals]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._restore:
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._requested.is_set():
+            raise KeyboardInterrupt
+        self._requested.set()
+        if jax.process_count() > 1:
+            # The preemption service listens to SIGTERM only.
+            os.kill(os.getpid(), signal.SIGTERM)
+        log.warning("%s: finishing this step, then saving", signal.Signals(number).name)
+
+    def agreed(self, step: int) -> bool:
+        """Whether to stop after `step`; every process must ask after every step."""
+        if jax.process_count() > 1:
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return self._requested.is_set()
+
+
+@dataclasses.dataclass
+class LoopResult:
+    """The state after the last step done, its number, and whether the loop was told to stop before the end."""
+
+    state: PyTree
+    step: int
+    is_interrupted: bool
+
+
+@dataclasses.dataclass
+class _Pending:
+    step: int
+    metrics: Any
+    wait_seconds: float
+
+
+class TrainLoop:
+    """Runs steps `first_step + 1 .. config.total_steps`.
+
+    `step` is a jitted `(state, batch) -> (state, metrics)` that donates the state; `place` makes global arrays of the
+    rows this process drew; `facts` tells what a checkpoint should say, given the data position and the metrics window;
+    `flops` maps (real tokens, attended pairs) of a window to model FLOPs and `peak_flops` is that of the whole mesh.
+    `evaluate(state, step)` runs every `config.eval_every_steps` and its result goes to the hooks.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TrainConfig,
+        step: Any,
+        batches: Batches,
+        place: Callable[[PackedBatch], PyTree],
+        checkpointer: Checkpointer,
+        facts: Callable[[dict[str, Any], dict[str, Any]], RunFacts],
+        window: MetricsWindow,
+        hooks: Sequence[Hook] = (),
+        evaluate: Callable[[PyTree, int], dict[str, Any]] | None = None,
+        flops: Callable[[float, float], float] | None = None,
+        peak_flops: float | None = None,
+    ):
+        self._config = config
+        self._jitted_step = step
+        self._batches = batches
+        self._place = place
+        self._checkpointer = checkpointer
+        self._facts = facts
+        self._window = window
+        self._hooks = hooks
+        self._evaluate = evaluate
+        self._flops = flops
+        self._peak_flops = peak_flops
+        self._pending: list[_Pending] = []
+        self._num_bad_in_a_row = 0
+
+    def run(self, state: PyTree, first_step: int) -> LoopResult:
+        """Trains until the end or until asked to stop; a checkpoint of the last step is on disk when it returns.
+
+        Raises:
+          ValueError: too many steps in a row were not finite.
+        """
+        step, is_stopping = first_step, False
+        total = self._config.total_steps
+        for hook in self._hooks:
+            hook.on_start(step, total)
+        try:
+            with StopRequest() as stop:
+                batch, position, wait_seconds = self._draw()
+                run_step = self._compile(state, batch)
+                self._restart_clock()
+                while step < total and not is_stopping:
+                    state, metrics = run_step(state, batch)
+                    step += 1
+                    self._pending.append(_Pending(step, metrics, wait_seconds))
+                    trained_position = position
+                    if step < total:
+                        batch, position, wait_seconds = self._draw()
+                    self._record(keep=1)
+                    is_stopping = stop.agreed(step)
+                    self._after_step(step, state, trained_position, is_last=is_stopping or step == total)
+                self._checkpointer.wait()
+        finally:
+            for hook in self._hooks:
+                hook.on_end(step)
+        return LoopResult(state, step, is_interrupted=step < total)
+
+    def _compile(self, state: PyTree, batch: PyTree) -> Callable[[PyTree, PyTree], tuple[PyTree, Any]]:
+        start = time.monotonic()
+        compiled = self._jitted_step.lower(state, batch).compile()
+        log.info("step compiled in %.1f s", time.monotonic() - start)
+        return compiled
+
+    def _draw(self) -> tuple[PyTree, dict[str, Any], float]:
+        """The next batch on the devices, the data position after it, and how long it was waited for."""
+        start = time.monotonic()
+        local_batch = next(self._batches)  # type: ignore[call-overload]
+        wait_seconds = time.monotonic() - start
+        return self._place(local_batch), self._batches.state(), wait_seconds
+
+    def _after_step(self, step: int, state: PyTree, position: dict[str, Any], *, is_last: bool) -> None:
+        config = self._config
+        is_saving = is_last or step % config.checkpoint.save_every_steps == 0
+        is_evaluating = self._evaluate and config.eval_every_steps and step % config.eval_every_steps == 0
+        if not (is_saving or is_evaluating):
+            return
+        self._record(keep=0)
+        if is_evaluating and self._evaluate:
+            results = self._evaluate(state, step)
+            for hook in self._hooks:
+                hook.on_eval(step, results)
+        if is_saving:
+            for hook in self._hooks:
+                hook.on_save(step)
+            self._checkpointer.save(step, state, self._facts(position, self._window.to_json()))
+        self._clock = time.monotonic()
+
+    def _restart_clock(self) -> None:
+        self._clock = time.monotonic()
+        self._step_seconds = self._wait_seconds = 0.0
+        self._num_timed_steps = 0
+
+    def _record(self, keep: int) -> None:
+        """Fetches the metrics of all but the newest `keep` steps and writes the lines that are due."""
+        while len(self._pending) > keep:
+            done = self._pending.pop(0)
+            is_good = self._window.add(jax.device_get(done.metrics))
+            now = time.monotonic()
+            self._step_seconds += now - self._clock
+            self._wait_seconds += done.wait_seconds
+            self._num_timed_steps += 1
+            self._clock = now
+            if is_good:
+                self._num_bad_in_a_row = 0
+            else:
+                self._report_bad_step(done.step)
+            is_due = done.step % self._config.log_every_steps == 0 or done.step == self._config.total_steps
+            line = self._line(done.step) if is_due else None
+            for hook in self._hooks:
+                hook.on_step(done.step, line)
+
+    def _line(self, step: int) -> dict[str, Any]:
+        tokens, pairs = self._window.flops_counts
+        num_steps = self._num_timed_steps
+        # After a resume inside a window it also holds steps that this process did not time.
+        seconds = self._step_seconds * self._window.num_steps / num_steps
+        mfu = None
+        if self._flops and self._peak_flops:
+            mfu = self._flops(tokens, pairs) / (seconds * self._peak_flops)
+        line = self._window.line(step, self._config.loss)
+        line |= {
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": self._step_seconds / num_steps,
+            "data_wait_seconds": self._wait_seconds / num_steps,
+            "mfu": mfu,
+        }
+        self._restart_clock()
+        return line
+
+    def _report_bad_step(self, step: int) -> None:
+        keys = self._batches.describe_batch(step)
+        shown = ", ".join(keys[:50]) + (f" and {len(keys) - 50} more" if len(keys) > 50 else "")
+        log.warning("step %d skipped: its loss or gradient is not finite; records in it: %s", step, shown)
+        self._num_bad_in_a_row += 1
+        if self._num_bad_in_a_row >= MAX_CONSECUTIVE_BAD_STEPS:
+            raise ValueError(
+                f"{self._num_bad_in_a_row} steps in a row up to step {step} were not finite; lower "
+                "optimizer.learning_rate, and go on in another --workdir with init_from"
+            )

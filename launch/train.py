@@ -1,0 +1,238 @@
+"""`aromni train`: pretraining and SFT, one process or many. The only place that knows model, data, mesh and workdir."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from launch import distributed
+from launch.flags import add_config_argument, load_config
+
+if TYPE_CHECKING:
+    import jax
+
+    from aromni_jax.config import TrainConfig
+    from aromni_jax.models.config import ModelConfig
+    from aromni_jax.train.loop import Batches
+    from aromni_jax.train.observe import Hook
+    from aromni_jax.train.state import TrainState
+    from aromni_jax.vocab import JointVocab
+
+log = logging.getLogger("aromni.train")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `aromni train`."""
+    add_config_argument(parser)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run; the same command goes on")
+    parser.add_argument("--profile_steps", metavar="FIRST:LAST", help="record these steps with the JAX profiler")
+    distributed.add_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Trains until `total_steps`, or until SIGTERM or SIGINT, which save and end with exit status 0."""
+    config_dict = load_config(args)
+    start_logging()
+    distributed.connect(args)
+
+    from aromni_jax.config import TrainConfig, from_mapping
+    from aromni_jax.train.observe import ProfilerWindow
+
+    config = from_mapping(TrainConfig, config_dict)
+    hooks: list[Hook] = []
+    if args.profile_steps:
+        first, _, last = args.profile_steps.partition(":")
+        if not (first.isdigit() and last.isdigit()):
+            raise ValueError(f"--profile_steps={args.profile_steps}: give FIRST:LAST, for example 10:15")
+        hooks.append(ProfilerWindow(pathlib.Path(args.workdir), int(first), int(last)))
+    run_training(config, args.workdir, hooks)
+    return 0
+
+
+def start_logging() -> None:
+    """Our messages with their time on standard error; of the libraries below only what went wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for name in ("absl", "jax", "orbax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """Where a run stands when `run_training` returns: the state is on the devices and, at `step`, in a checkpoint."""
+
+    workdir: pathlib.Path
+    step: int
+    is_interrupted: bool
+    state: TrainState
+    model: ModelConfig
+    vocab: JointVocab
+    mesh: jax.sharding.Mesh
+
+
+def run_training(
+    config: TrainConfig,
+    workdir: str | os.PathLike[str],
+    hooks: Sequence[Hook] = (),
+    *,
+    evaluate: Callable[[TrainState, int], dict[str, Any]] | None = None,
+    with_progress: bool = True,
+) -> TrainResult:
+    """Trains `config` in `workdir` from the newest checkpoint there, or from the beginning.
+
+    `evaluate(state, step)` runs every `config.eval_every_steps`; its numbers go to `evaluations.jsonl` and the hooks.
+
+    Raises:
+      ValueError: the workdir cannot be written or belongs to another config, vocabulary or data set, every checkpoint
+        is damaged, or the config does not fit the devices or the data.
+    """
+    import jax
+
+    from aromni_jax import partitioning
+    from aromni_jax.config import to_json
+    from aromni_jax.models.config import num_parameters, resolve_model, train_flops
+    from aromni_jax.train import observe
+    from aromni_jax.train import workdir as workdirs
+    from aromni_jax.train.checkpoint import Checkpointer, RunFacts
+    from aromni_jax.train.loop import TrainLoop
+    from aromni_jax.train.metrics import MetricsWindow, peak_flops
+    from aromni_jax.train.state import abstract_state, init_state
+    from aromni_jax.train.step import make_train_step
+    from launch.training_data import open_data
+
+    path = workdirs.prepare(workdir)
+    resolved = json.loads(to_json(config))
+    mesh = partitioning.make_mesh(config.mesh)
+    data = open_data(config, partitioning.local_rows(mesh, config.global_batch_size))
+    vocab, batches, frozen = data.vocab, data.batches, data.frozen
+    model = resolve_model(config.model, vocab.size, data.perceptual_dim)
+    wanted = abstract_state(model, config, mesh, frozen)
+
+    checkpointer = Checkpointer(path, config.checkpoint)
+    try:
+        check = _identity_check(path, resolved, vocab, batches)
+        restored = checkpointer.restore_latest(wanted, check)
+        if restored:
+            first_step, state, facts = restored
+            batches.restore(facts.data_position)
+            window = MetricsWindow.from_json(facts.metrics_window)
+            log.info("going on after step %d of %d in %s", first_step, config.total_steps, path)
+        else:
+            first_step, window = 0, MetricsWindow()
+            state = init_state(model, config, mesh, frozen)
+            if config.init_from:
+                state = _with_params_from(config.init_from, state, wanted, vocab)
+        is_main = jax.process_index() == 0
+        if is_main:
+            workdirs.write_text(path / workdirs.CONFIG_FILE, to_json(config))
+            data.save_tokenizers(path / workdirs.TOKENIZERS)
+        if first_step >= config.total_steps:
+            log.info("nothing to do: %s is already at step %d of %d", path, first_step, config.total_steps)
+            return TrainResult(path, first_step, False, state, model, vocab, mesh)
+
+        kind = jax.devices()[0].device_kind
+        log.info(
+            "%s parameters on %d %s device(s), mesh %s", f"{num_parameters(model):,}", mesh.size, kind, dict(mesh.shape)
+        )
+        own: list[Hook] = []
+        if is_main:
+            own = [observe.MetricsFiles(path, first_step), observe.TensorBoard(path, first_step)]
+            own += [observe.Progress()] if with_progress else []
+        peak = peak_flops(kind)
+        loop = TrainLoop(
+            config=config,
+            step=make_train_step(model, config, mesh, vocab, frozen),
+            batches=batches,
+            place=lambda batch: partitioning.put_batch(batch, mesh),
+            checkpointer=checkpointer,
+            facts=lambda position, sums: RunFacts(
+                config=resolved,
+                vocab_fingerprint=vocab.fingerprint,
+                data_fingerprint=batches.fingerprint,
+                data_position=position,
+                metrics_window=sums,
+            ),
+            window=window,
+            hooks=[*own, *hooks],
+            evaluate=evaluate,
+            flops=lambda tokens, pairs: train_flops(model, tokens, pairs),
+            peak_flops=peak * mesh.size if peak else None,
+        )
+        result = loop.run(state, first_step)
+    finally:
+        checkpointer.close()
+    if result.is_interrupted:
+        log.info("stopped after step %d of %d; the same command goes on there", result.step, config.total_steps)
+    else:
+        log.info("done: step %d in %s", result.step, path)
+    return TrainResult(path, result.step, result.is_interrupted, result.state, model, vocab, mesh)
+
+
+def _identity_check(
+    path: pathlib.Path, resolved: dict[str, Any], vocab: JointVocab, batches: Batches
+) -> Callable[[Any], None]:
+    """The check a checkpoint must pass before its arrays are read: same config, same vocabulary, same data."""
+    from aromni_jax.train.workdir import check_same_config
+
+    def check(facts: Any) -> None:
+        for line in check_same_config(facts.config, resolved, path):
+            log.info("changed since the last start: %s", line)
+        vocab.check_fingerprint(facts.vocab_fingerprint, f"workdir {path}")
+        if facts.data_fingerprint != batches.fingerprint:
+            raise ValueError(
+                f"workdir {path} was trained on data {facts.data_fingerprint}, the data sets of this config are now "
+                f"{batches.fingerprint}: they were made again. Choose another --workdir, with init_from={path} to keep "
+                "the weights"
+            )
+
+    return check
+
+
+def _with_params_from(source: str, state: TrainState, wanted: TrainState, vocab: JointVocab) -> TrainState:
+    """`state` with the weights of another run's newest checkpoint; optimizer, step and data start anew.
+
+    Values are cast only here, and said so. A perceptual head the source lacks stays as initialised.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from aromni_jax.train.checkpoint import named_leaves
+    from aromni_jax.train.saved import open_for_export
+
+    params = open_for_export(source)
+    vocab.check_fingerprint(params.facts.vocab_fingerprint, f"init_from={source}")
+    target = named_leaves(wanted.params)
+    fresh = [name for name in target if name not in params.shapes and name.startswith("perceptual_head/")]
+    unused = [name for name in params.shapes if name not in target]
+    as_saved = {
+        name: jax.ShapeDtypeStruct(leaf.shape, params.shapes.get(name, leaf).dtype, sharding=leaf.sharding)
+        for name, leaf in target.items()
+        if name not in fresh
+    }
+    arrays = named_leaves(params.load(as_saved))
+    log.info("weights from step %d of %s", params.step, source)
+    cast = [name for name, array in arrays.items() if array.dtype != target[name].dtype]
+    for name in cast:
+        arrays[name] = arrays[name].astype(target[name].dtype)
+    if cast:
+        stored = as_saved[cast[0]].dtype
+        log.info("cast to %s: %d arrays that are stored as %s", target[cast[0]].dtype, len(cast), stored)
+    if fresh:
+        log.info("newly initialised, because %s has none: %s", source, ", ".join(fresh))
+    if unused:
+        log.info("left out, because this model has none: %s", ", ".join(unused))
+    leaves = [arrays.get(name, leaf) for name, leaf in named_leaves(state.params).items()]
+    new_params = jax.tree.unflatten(jax.tree.structure(state.params), leaves)
+    ema = jax.tree.map(jnp.copy, new_params) if jax.tree.leaves(state.ema) else state.ema
+    return dataclasses.replace(state, params=new_params, ema=ema)
+
+
+if __name__ == "__main__":
+    from launch.cli import run_module
+
+    run_module(__file__)
