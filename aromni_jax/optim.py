@@ -98,7 +98,9 @@ def clip_by_norm(gradients: PyTree, norm: jax.Array, clip_norm: float) -> PyTree
 
 
 def update_average(average: PyTree, params: PyTree, decay: float) -> PyTree:
-    """The exponential moving average, in the type of `average`."""
+    """The exponential moving average, in the type of `average`; {} where none is kept stays {}."""
+    if not average:
+        return average
     return jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p.astype(a.dtype)).astype(a.dtype), average, params)
 
 
