@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import argparse
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,13 @@ import pytest
 import torch
 import transformers
 
+from aromni_jax.config import TrainConfig, from_mapping
 from aromni_jax.interop.chameleon import Provenance, TreeSource, export_chameleon, load_export
 from aromni_jax.models.decoder import Decoder
+from launch.export import export_workdir
+from launch.flags import load_config
+from launch.import_ import import_directory
+from launch.train import run_training
 from tests.fixtures.small_models import random_params, small_model, small_vocab
 
 TOLERANCE = 1e-4
@@ -35,7 +40,7 @@ def our_logits(model, params, ids_BL: np.ndarray) -> np.ndarray:
     decoder = Decoder(model)
     variables = {"params": jax.tree.map(jnp.asarray, params)}
 
-    @functools.partial(jax.jit)
+    @jax.jit
     def run(variables):
         hidden_BLD = decoder.apply(variables, ids_BL, positions_BL, np.ones_like(ids_BL))
         return decoder.apply(variables, hidden_BLD, method=Decoder.logits)
@@ -118,3 +123,26 @@ def test_greedy_continuation_equals_transformers(tmp_path):
     ids_BL = out.numpy().astype(np.int32)
     predicted = our_logits(model, params, ids_BL).argmax(-1)
     np.testing.assert_array_equal(predicted[:, 4:-1], ids_BL[:, 5:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm_position", "num_kv_heads"), [("swin", 2), ("pre", 4)])
+def test_logits_equal_transformers_after_training(tmp_path, norm_position, num_kv_heads):
+    """The whole road: train, save, export the workdir, import it again; both exports are one model to transformers."""
+    config = load_config(argparse.Namespace(config="configs/pretrain.py:debug", config_overrides=[]))
+    with config.unlocked(), config.ignore_type():
+        config.model = dict(size="debug", norm_position=norm_position, num_kv_heads=num_kv_heads)
+        config.total_steps = 6
+        config.optimizer.ema_decay = 0.5
+    result = run_training(from_mapping(TrainConfig, config), tmp_path / "run", with_progress=False)
+    export_workdir(tmp_path / "run", tmp_path / "out", dtype="float32")
+    ids_BL = np.random.default_rng(0).integers(0, result.vocab.size, (2, 33)).astype(np.int32)
+    params = jax.device_get(result.state.params)
+    assert np.abs(params["layers"]["mlp_norm"]["scale"] - 1).max() > 1e-4, "training moved the norms"
+    expected = their_logits(their_model(tmp_path / "out"), ids_BL)
+    np.testing.assert_allclose(our_logits(result.model, params, ids_BL), expected, atol=TOLERANCE, rtol=0)
+
+    import_directory(tmp_path / "out", tmp_path / "imported")
+    export_workdir(tmp_path / "imported", tmp_path / "again", dtype="float32")
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / d).glob("*.*")} for d in ("out", "again"))
+    assert first == second
