@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
 import importlib.util
 import pathlib
@@ -65,17 +66,15 @@ def _override(config: Any, key: str, text: str) -> None:
     from ml_collections import ConfigDict
 
     current = _keys_of(config)[key]
-    try:
-        value = (
-            text if isinstance(current, str) else ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-        )
-    except (SyntaxError, ValueError):
-        value = text
+    value: Any = text
+    if not isinstance(current, str) or text.startswith("{"):
+        with contextlib.suppress(SyntaxError, ValueError):
+            value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     *parents, name = key.split(".")
     for parent in parents:
         config = config[parent]
     try:
-        if isinstance(current, ConfigDict) or current is None:
+        if isinstance(current, ConfigDict) or isinstance(value, dict) or current is None:
             with config.ignore_type():
                 config[name] = ConfigDict(value) if isinstance(value, dict) else value
         else:
@@ -87,7 +86,8 @@ def _override(config: Any, key: str, text: str) -> None:
 def load_config(args: argparse.Namespace) -> Any:
     """The ConfigDict of `args.config` with `args.config_overrides` applied.
 
-    A group such as `data.mixture` can be replaced whole (`--config.data.mixture=synthetic`).
+    A group such as `data.mixture` is replaced whole: by a word (`synthetic`) or by a literal
+    (`--config.data.mixture="{'mine': {'path': 'data/mine', 'weight': 1.0}}"`).
 
     Raises:
       ValueError: no such file, a variant it does not know, an unknown key (with the nearest one) or a mistyped value.
