@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -134,10 +135,11 @@ class Mixture:
           ValueError: a record longer than a row, by name.
         """
         longest = int(self.lengths_N.argmax())
-        if self.lengths_N[longest] > row_length:
+        num_tokens = int(self.lengths_N[longest]) + 1
+        if num_tokens > row_length + 1:
             num_long = int((self.lengths_N > row_length).sum())
             raise ValueError(
-                f"record {self[longest].example.key!r} ({self.where(longest)}) has {self.lengths_N[longest] + 1} tokens, "
+                f"record {self[longest].example.key!r} ({self.where(longest)}) has {num_tokens} tokens, "
                 f"a row of sequence_length {row_length} holds {row_length + 1}; {num_long} record(s) are too long. "
                 "Raise sequence_length, or pre-tokenize again with max_tokens"
             )
@@ -160,7 +162,7 @@ def _read_plan(path: pathlib.Path, row_length: int) -> PackPlan | None:
     try:
         with np.load(path) as arrays:
             return PackPlan(arrays["documents_N"], arrays["starts_R"], row_length, int(arrays["num_tokens"]))
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # not there, or cut short by a crash: a plan is made again in seconds
 
 

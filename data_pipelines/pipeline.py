@@ -179,7 +179,7 @@ class BatchIterator:
         self._reader: Iterator[PackedBatch] | None = None
 
     def _make_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(self._rows.num_rows)
+        return np.random.default_rng([self._seed, epoch]).permutation(self._rows.num_rows or 0)
 
     def row_at(self, position: int) -> int:
         """Row of the plan at `position` of the stream: the one place where order is decided."""
@@ -334,7 +334,7 @@ def load_examples(
     `limit` takes that many, spread evenly over what matches.
     """
     dataset = TokenDataset(dataset_dir, vocab)
-    wanted = range(len(dataset))
+    wanted: Sequence[int] = range(len(dataset))
     if tasks is not None:
         wanted = np.flatnonzero(np.isin(dataset.tasks_N, [int(task) for task in tasks])).tolist()
     found = [dataset[index] for index in wanted]

@@ -28,7 +28,7 @@ from aromni_jax.tokenizers.prompts import Templates, load_templates
 from aromni_jax.vocab import JointVocab
 from data_pipelines import records
 from data_pipelines.records import StoredExample, read_marker, shard_name, write_atomically, write_shard
-from data_pipelines.sources import Conversation, ManifestSource, MediaFile, RecordError, load_image, load_speech
+from data_pipelines.sources import Conversation, ManifestSource, MediaFile, RecordError, check_complete
 
 _STALE_SECONDS = 24 * 3600
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -216,17 +216,14 @@ class _Job:
         for kind in ("image", "speech"):
             wanted = [file for file in files if file.kind == kind]
             for batch in _chunks(wanted, self.config.media_batch_size):
-                loaded, prepared = [], []
+                prepared: dict[MediaFile, np.ndarray] = {}
                 for file in batch:
                     try:
-                        prepared.append(self._prepare(file))
-                        loaded.append(file)
+                        prepared[file] = self._prepare(file)
                     except RecordError as error:
                         failures[file] = error
-                if loaded and kind == "image":
-                    codes.update(zip(loaded, self.bundle.image.encode(np.stack(prepared)), strict=True))
-                elif loaded:
-                    codes.update(zip(loaded, self.bundle.speech.encode(prepared), strict=True))
+                if prepared:
+                    codes.update(zip(prepared, self._codes_of(kind, list(prepared.values())), strict=True))
                 report((len(codes) + len(failures)) / len(files))
         return codes, failures
 
@@ -235,13 +232,19 @@ class _Job:
         if tokenizer is None:
             raise RecordError("media", f"the tokenizers have none for {file.kind}, which {file.path} needs")
         try:
-            if file.kind == "image":
-                return tokenizer.prepare(load_image(file.path))
-            return tokenizer.prepare(*load_speech(file.path))
+            check_complete(file)
+            return tokenizer.prepare(file.path)
         except RecordError:
             raise
-        except ValueError as error:
-            raise RecordError("media", f"{file.path}: {error}") from error
+        except (ValueError, OSError) as error:
+            raise RecordError("media", str(error)) from error
+
+    def _codes_of(self, kind: str, prepared: list[np.ndarray]) -> Sequence[np.ndarray]:
+        if kind == "image":
+            assert self.bundle.image
+            return list(self.bundle.image.encode(np.stack(prepared)))
+        assert self.bundle.speech
+        return self.bundle.speech.encode(prepared)
 
     def _encode(
         self, conversation: Conversation, codes: dict[MediaFile, np.ndarray], failures: dict[MediaFile, RecordError]

@@ -292,7 +292,7 @@ class TokenDataset:
 
     def _reader(self, shard: int) -> Any:
         """A reader of this thread's own."""
-        readers = self._local.__dict__
+        readers: dict[int, Any] = self._local.__dict__.setdefault("readers", {})
         if shard not in readers:
             path = self.directory / f"{self.markers[shard].name}.array_record"
             readers[shard] = array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from aromni_jax.tokenizers.bundle import TokenizerBundle
 
 _COLOURS = {Modality.TEXT: "#e8eefc", Modality.IMAGE: "#e6f6e6", Modality.SPEECH: "#fdf0dc"}
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em}table{border-collapse:collapse;"
-    "width:100%}td,th{border-bottom:1px solid #ddd;padding:.3em .6em;text-align:left;vertical-align:top}"
-    "img{width:128px;image-rendering:pixelated}code{white-space:pre-wrap}"
-)
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }
+table { border-collapse: collapse; width: 100% }
+td, th { border-bottom: 1px solid #ddd; padding: .3em .6em; text-align: left; vertical-align: top }
+img { width: 128px; image-rendering: pixelated }
+code { white-space: pre-wrap }
+"""
 
 
 class RowView:

@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image as PilImage
 
 from aromni_jax.structs import Task, Text
 
@@ -178,41 +177,13 @@ def split_by_group(group: str, heldout_fraction: float) -> str:
     return HELDOUT if int.from_bytes(digest[:8], "big") < heldout_fraction * 2**64 else TRAIN
 
 
-def load_image(path: pathlib.Path) -> PilImage.Image:
-    """Decodes a picture completely; RecordError naming the file when it is missing, truncated or not a picture."""
-    try:
-        with PilImage.open(path) as picture:
-            picture.load()
-            return picture.copy()
-    except FileNotFoundError as error:
-        raise RecordError("media", f"there is no picture {path}") from error
-    except (OSError, SyntaxError, ValueError, PilImage.DecompressionBombError) as error:
-        raise RecordError("media", f"the picture {path} does not decode: {error}") from error
-
-
-def load_speech(path: pathlib.Path) -> tuple[np.ndarray, int]:
-    """Decodes an utterance to (float32 mono [T], sample rate in Hz); RecordError naming a file that does not."""
-    import soundfile
-
-    try:
-        _check_complete_wav(path)
-        waveform, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
-    except FileNotFoundError as error:
-        raise RecordError("media", f"there is no sound file {path}") from error
-    except (OSError, RuntimeError) as error:
-        raise RecordError("media", f"the sound file {path} does not decode: {error}") from error
-    if not len(waveform):
-        raise RecordError("media", f"the sound file {path} holds no samples")
-    if not np.isfinite(waveform).all():
-        raise RecordError("media", f"the sound file {path} holds samples that are not numbers")
-    return waveform.mean(axis=1), rate_hz
-
-
-def _check_complete_wav(path: pathlib.Path) -> None:
-    """A WAV file cut short is read by libsndfile without complaint, so its header is held against its size."""
-    with path.open("rb") as file:
-        header = file.read(8)
-    declared = int.from_bytes(header[4:8], "little")
+def check_complete(file: MediaFile) -> None:
+    """RecordError for a WAV file cut short: libsndfile reads it without complaint, so its header is checked."""
+    if file.kind != "speech":
+        return
+    with file.path.open("rb") as opened:
+        header = opened.read(8)
+    declared, found = int.from_bytes(header[4:8], "little"), file.path.stat().st_size
     unknown_length = declared in (0, 0xFFFFFFFF)  # what a writer to a pipe leaves behind
-    if header[:4] == b"RIFF" and not unknown_length and declared + 8 > path.stat().st_size:
-        raise RecordError("media", f"the sound file {path} is cut short: {path.stat().st_size} of {declared + 8} bytes")
+    if header[:4] == b"RIFF" and not unknown_length and declared + 8 > found:
+        raise RecordError("media", f"the sound file {file.path} is cut short: {found} of {declared + 8} bytes")

@@ -75,7 +75,8 @@ class SyntheticRows:
     def examples(self, row: int) -> list[Example]:
         """The documents of row `row`: drawn until the row is full, the last one a text of the length that is left."""
         rng = np.random.default_rng([self._seed, row])
-        space, found = self._row_length, []
+        space = self._row_length
+        found: list[Example] = []
         while True:
             task = self._tasks[int(rng.integers(len(self._tasks)))]
             start, stride = int(rng.integers(_STARTS)), int(rng.integers(1, _STRIDES))
@@ -92,6 +93,7 @@ class SyntheticRows:
     def _document(self, task: Task, start: int, stride: int, size: int, key: str) -> Example:
         spec = f"{start} {stride}"
         asked: list[Part]
+        answer: Part
         if task == Task.TEXT:
             terms = " ".join(str(start + stride * i) for i in range(_TEXT_TERMS[0] + size % _TEXT_TERMS[1]))
             asked, answer = [], Text(terms)

@@ -1,0 +1,159 @@
+"""Pre-tokenizing exactly once: any number of workers, killed at any moment, same bytes; bad records are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import pathlib
+import random
+import signal
+import time
+
+import pytest
+
+from aromni_jax.structs import Image, Speech
+from aromni_jax.tokenizers import joint
+from data_pipelines.pretokenize import pretokenize
+from data_pipelines.records import TokenDataset
+from launch.pretokenize import progress_line, worker_of
+from tests.fixtures.data_fakes import config_for, fake_bundle, make_dataset, slow_worker, write_corpus
+
+
+def digests(directory: pathlib.Path) -> dict[str, str]:
+    names = [path for path in directory.iterdir() if path.is_file()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path: pathlib.Path) -> None:
+    manifest = write_corpus(tmp_path / "corpus", 60)
+    config, bundle = config_for(manifest), fake_bundle()
+    assert pretokenize(config, tmp_path / "one", bundle=bundle)
+    finished = [pretokenize(config, tmp_path / "three", shard_index=i, num_shards=3, bundle=bundle) for i in (2, 0, 1)]
+    assert finished == [False, False, True]
+    assert digests(tmp_path / "one") == digests(tmp_path / "three")
+    other_batch = config_for(manifest, media_batch_size=3)
+    assert pretokenize(other_batch, tmp_path / "small", bundle=bundle)
+    assert digests(tmp_path / "one") == digests(tmp_path / "small")
+
+
+def test_killed_workers_leave_nothing_wrong(tmp_path: pathlib.Path) -> None:
+    manifest = write_corpus(tmp_path / "corpus", 60)
+    config = config_for(manifest, records_per_shard=6, media_batch_size=2)
+    assert pretokenize(config, tmp_path / "undisturbed", bundle=fake_bundle())
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.fixtures.data_fakes"])
+    rng = random.Random(0)
+    output = tmp_path / "killed"
+    num_kills = 0
+    for num_workers in (1, 2, 3, 2, 4, 1, 2, 3, 2, 4):
+        workers = []
+        for index in range(num_workers):
+            started = context.Event()
+            worker = context.Process(target=slow_worker, args=(config, output, index, num_workers, 0.06, started))
+            worker.start()
+            workers.append((worker, started))
+        assert all(started.wait(120) for _, started in workers)
+        time.sleep(rng.uniform(0.01, 0.4))
+        for worker, _ in workers:
+            worker.kill()
+            worker.join()
+            num_kills += worker.exitcode == -signal.SIGKILL
+    assert num_kills >= 8
+    assert pretokenize(config, output, bundle=fake_bundle())
+    assert digests(output) == digests(tmp_path / "undisturbed")
+    assert not list(output.glob(".tmp-shard*"))
+    assert len(TokenDataset(output, verify=True)) == 60
+
+
+def test_a_finished_shard_is_not_made_again(tmp_path: pathlib.Path) -> None:
+    data = make_dataset(tmp_path, 40)
+    before = {path: path.stat().st_mtime_ns for path in data.glob("shard_*")}
+    (data / "shard_00001.json").unlink()
+    config = config_for(tmp_path / "corpus-data" / "manifest.jsonl")
+    assert pretokenize(config, data, bundle=fake_bundle())
+    changed = {path.name.split(".")[0] for path in before if path.stat().st_mtime_ns != before[path]}
+    assert changed == {"shard_00001"}
+
+
+def test_bad_records_are_quarantined_with_reasons(tmp_path: pathlib.Path) -> None:
+    manifest = write_corpus(tmp_path / "corpus", 40)
+    root = manifest.parent
+    (root / "picture_0.png").write_bytes((root / "picture_0.png").read_bytes()[:60])  # text_to_image/0
+    (root / "sound_2.wav").write_bytes(b"RIFF....")  # speech_to_text/2
+    (root / "picture_6.png").unlink()  # caption/6
+    lines = manifest.read_text().splitlines()
+    lines[10] = "{broken"
+    stray = json.loads(lines[20])
+    stray["messages"][0]["parts"].append({"speech": "sound_3.wav"})
+    lines[20] = json.dumps(stray)
+    manifest.write_text("\n".join(lines) + "\n")
+
+    assert pretokenize(config_for(manifest, max_bad_fraction=0.2), tmp_path / "data", bundle=fake_bundle())
+    found = [json.loads(line) for line in (tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["record"], line["stage"]) for line in found] == [
+        (0, "media"), (2, "media"), (6, "media"), (10, "parse"), (20, "encode"),
+    ]  # fmt: skip
+    assert "picture_0.png" in found[0]["error"] and found[3]["where"] == "manifest.jsonl:11"
+    dataset = TokenDataset(tmp_path / "data")
+    assert len(dataset) == 35
+    assert dataset.dataset["statistics"]["quarantined"] == {"encode": 1, "media": 3, "parse": 1}
+
+    with pytest.raises(ValueError, match=r"too many bad records: \d in shard_0000\d.*the first"):
+        pretokenize(config_for(manifest, max_bad_fraction=0.05), tmp_path / "strict", bundle=fake_bundle())
+    assert not (tmp_path / "strict" / "dataset.json").exists()
+
+
+def test_records_too_long_are_dropped_and_counted_or_an_error(tmp_path: pathlib.Path) -> None:
+    manifest = write_corpus(tmp_path / "corpus", 40)
+    assert pretokenize(config_for(manifest, max_tokens=40), tmp_path / "data", bundle=fake_bundle())
+    dataset = TokenDataset(tmp_path / "data")
+    dropped = dataset.dataset["statistics"]["quarantined"]["length"]
+    assert dropped > 0 and len(dataset) == 40 - dropped and dataset.lengths_N.max() <= 40
+    with pytest.raises(ValueError, match="tokens, more than max_tokens 40"):
+        pretokenize(config_for(manifest, max_tokens=40, too_long="error"), tmp_path / "other", bundle=fake_bundle())
+
+
+def test_a_directory_of_another_run_is_refused(tmp_path: pathlib.Path) -> None:
+    data = make_dataset(tmp_path, 20)
+    with pytest.raises(ValueError, match="another run"):
+        pretokenize(config_for(tmp_path / "corpus-data" / "manifest.jsonl", max_tokens=500), data, bundle=fake_bundle())
+
+
+def test_a_missing_tokenizer_is_said(tmp_path: pathlib.Path) -> None:
+    manifest = write_corpus(tmp_path / "corpus", 20)
+    bundle = fake_bundle()
+    object.__setattr__(bundle, "image", None)
+    with pytest.raises(ValueError, match="none for image"):
+        pretokenize(config_for(manifest), tmp_path / "data", bundle=bundle)
+
+
+def test_records_hold_what_the_tokenizers_say(tmp_path: pathlib.Path) -> None:
+    data, bundle = make_dataset(tmp_path, 10), fake_bundle()
+    for stored in TokenDataset(data):
+        index = int(stored.example.key.split("/")[1])
+        for message in joint.decode(stored.example, bundle.vocab(), bundle.text):
+            for part in message.parts:
+                root = tmp_path / "corpus-data"
+                if isinstance(part, Image):
+                    expected = bundle.image.encode(bundle.image.prepare(root / f"picture_{index}.png")[None])[0]
+                    assert (part.codes_P == expected).all()
+                elif isinstance(part, Speech):
+                    (expected,) = bundle.speech.encode([bundle.speech.prepare(root / f"sound_{index}.wav")])
+                    assert (part.codes_KU == expected).all()
+                else:
+                    assert part.text == stored.facts["label"]
+
+
+def test_worker_numbers_from_flags_and_cluster_environments() -> None:
+    import argparse
+
+    none = argparse.Namespace(shard_index=None, num_shards=None)
+    assert worker_of(none, {}) == (0, 1)
+    slurm = {"SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_COUNT": "4"}
+    assert worker_of(none, slurm) == (2, 4)
+    assert worker_of(argparse.Namespace(shard_index=None, num_shards=8), {"JOB_COMPLETION_INDEX": "7"}) == (7, 8)
+    with pytest.raises(ValueError, match="--num_shards"):
+        worker_of(none, {"JOB_COMPLETION_INDEX": "7"})
+    line = progress_line({"done": 4096, "total": 19_000, "seconds": 20.0, "quarantined": 3})
+    assert line == "4,096 of 19,000 records, 205 records/s, 1 min 13 s left, 3 bad"
