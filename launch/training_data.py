@@ -18,7 +18,7 @@ VOCAB_FILE = "vocab.json"
 TOKENIZERS = "tokenizers"
 
 _RELEASED_FROM_LENGTH = 2048
-"""Synthetic rows this long hold pictures of the released layout (1024 codes): large models are tried with its 65,536 rows."""
+"""Synthetic rows this long hold pictures of the released layout (1024 codes), so large models meet its 65,536 rows."""
 _SYNTHETIC_CODE_WIDTHS = {True: 256, False: 16}
 
 
@@ -80,7 +80,7 @@ def _synthetic_vocab(sequence_length: int) -> JointVocab:
 
 
 def _tokenizers_of(config: TrainConfig) -> pathlib.Path:
-    """The tokenizers folder of the first data set; the others are checked against its vocabulary when they are opened."""
+    """The tokenizers folder of the first data set; the others are compared with its vocabulary when they are opened."""
     if isinstance(config.data.mixture, str) or not config.data.mixture:
         raise ValueError(
             f"config key 'data.mixture': {config.data.mixture!r} names no data set; give "
@@ -103,7 +103,7 @@ def _read_vocab(tokenizers: pathlib.Path) -> JointVocab:
 
 
 def _codebook(tokenizers: pathlib.Path | None, vocab: JointVocab) -> np.ndarray:
-    """float32 [C, E] embeddings of the image codes, as the image tokenizer has them; synthetic pictures get random ones."""
+    """float32 [C, E] embeddings of the image codes: the image tokenizer's, or random ones for synthetic pictures."""
     assert vocab.image
     if tokenizers is None:
         width = _SYNTHETIC_CODE_WIDTHS[vocab == JointVocab.released()]

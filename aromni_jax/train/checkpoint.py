@@ -27,8 +27,8 @@ from aromni_jax.train import workdir as workdirs
 log = logging.getLogger(__name__)
 
 STACKED = "layers"
-"""Arrays below a key of this name carry the layer on their first axis. Each layer is stored in chunks of its own, so that
-reading one layer of a large model reads no other."""
+"""Arrays below a key of this name carry the layer on their first axis. Each layer is stored in chunks of its own, so
+that reading one layer of a large model reads no other."""
 
 
 class DamagedCheckpoint(Exception):
@@ -131,7 +131,7 @@ def describe_differences(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def list_steps(directory: pathlib.Path) -> list[int]:
-    """Steps of the finished checkpoints below a `checkpoints/` folder, oldest first: Orbax names a step when it is whole."""
+    """Steps of the finished checkpoints below a `checkpoints/` folder, oldest first (Orbax renames what is whole)."""
     if not directory.is_dir():
         return []
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit() and entry.is_dir())

@@ -148,12 +148,12 @@ class TrainLoop:
         """
         step, is_stopping = first_step, False
         total = self._config.total_steps
-        for hook in self._hooks:
-            hook.on_start(step, total)
         try:
             with StopRequest() as stop:
                 batch, position, wait_seconds = self._draw()
                 run_step = self._compile(state, batch)
+                for hook in self._hooks:
+                    hook.on_start(step, total)
                 self._restart_clock()
                 while step < total and not is_stopping:
                     state, metrics = run_step(state, batch)

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Hook:
-    """What the loop tells whoever watches; override what you need. Hooks run on every process and never change a run."""
+    """What the loop tells whoever watches; override what you need. Hooks run on every process, and only look."""
 
     def on_start(self, step: int, total_steps: int) -> None:
         """Before the first step: `step` steps are already done."""

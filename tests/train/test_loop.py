@@ -1,0 +1,275 @@
+"""The loop by itself: a step of a few numbers, batches that are their own index, real checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aromni_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from aromni_jax.structs import Modality, Task, WeightedSum
+from aromni_jax.train import loop as loops
+from aromni_jax.train import saved
+from aromni_jax.train.checkpoint import Checkpointer, RunFacts
+from aromni_jax.train.loop import TrainLoop
+from aromni_jax.train.metrics import MetricsWindow, deterministic
+from aromni_jax.train.observe import Hook, MetricsFiles
+
+CELLS = (len(Task), len(Modality))
+
+
+def config_of(**changes) -> TrainConfig:
+    base = dict(
+        seed=0,
+        model="debug",
+        total_steps=10,
+        global_batch_size=2,
+        sequence_length=4,
+        gradient_accumulation_steps=1,
+        optimizer=OptimizerConfig("adamw", 1e-2, "constant", 0, 1.0, 0.9, 0.95, 1e-8, 0.1, 1.0),
+        mesh=MeshConfig(1, 1, 1, 1),
+        checkpoint=CheckpointConfig(save_every_steps=4, keep_last=5, keep_every_steps=0, asynchronous=True),
+        loss=LossConfig("uniform", 1.0, "predict", 1e-4, 32),
+        data=DataConfig("synthetic", "examples", 0, 1),
+        init_from="",
+        log_every_steps=3,
+        eval_every_steps=0,
+    )
+    return TrainConfig(**(base | changes))
+
+
+@jax.jit
+def toy_step(state, batch):
+    """Adds the batch to a running sum; a negative batch is one that is not finite."""
+    value = batch.astype(jnp.float32).sum()
+    good = value >= 0
+    pair = WeightedSum(jnp.sin(value), value + 1)
+    cells = WeightedSum(jnp.full(CELLS, jnp.sin(value)), jnp.full(CELLS, 1.0))
+    metrics = {name: pair for name in ("next_token", "z_loss", "perceptual")}
+    metrics |= {"modality": WeightedSum(cells.sum.sum(0), cells.weight.sum(0))}
+    metrics |= {"task": WeightedSum(cells.sum.sum(1), cells.weight.sum(1)), "accuracy": cells}
+    metrics |= {"weight_share": cells.weight, "num_tokens": 2.0, "num_pairs": 3.0, "num_rows_tokens": 4.0}
+    metrics |= {"loss": value, "grad_norm": value, "learning_rate": 0.1 * value, "is_finite": good}
+    return {"params": {"sum": state["params"]["sum"] + value}}, metrics
+
+
+class CountedBatches:
+    """Batch n is n, in two rows."""
+
+    fingerprint = "counted"
+
+    def __init__(self, bad=()):
+        self.next_step = 1
+        self.drawn = []
+        self._bad = set(bad)
+
+    def __next__(self):
+        step = self.next_step
+        self.next_step += 1
+        self.drawn.append(step)
+        return np.full((2, 4), -1 if step in self._bad else step, np.int32)
+
+    def state(self):
+        return {"next_step": self.next_step}
+
+    def restore(self, state):
+        self.next_step = state["next_step"]
+
+    def describe_batch(self, step):
+        return [f"record-{step}"]
+
+
+def facts(position, window) -> RunFacts:
+    return RunFacts({"seed": 0}, "vocab", "counted", position, window)
+
+
+def train(workdir, config=None, hooks=(), bad=(), evaluate=None, step=toy_step, batches=None):
+    """One start of a run, fresh or resumed; returns (result, batches)."""
+    config = config or config_of()
+    batches = batches or CountedBatches(bad)
+    checkpointer = Checkpointer(workdir, config.checkpoint)
+    state = {"params": {"sum": jnp.float32(0)}}
+    window, first_step = MetricsWindow(), 0
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    restored = checkpointer.restore_latest(abstract, lambda _: None)
+    if restored:
+        first_step, state, found = restored
+        batches.restore(found.data_position)
+        window = MetricsWindow.from_json(found.metrics_window)
+    loop = TrainLoop(
+        config=config,
+        step=step,
+        batches=batches,
+        place=jnp.asarray,
+        checkpointer=checkpointer,
+        facts=facts,
+        window=window,
+        hooks=[MetricsFiles(workdir, first_step), *hooks],
+        evaluate=evaluate,
+        flops=lambda tokens, pairs: tokens,
+        peak_flops=1.0,
+    )
+    result = loop.run(state, first_step)
+    checkpointer.close()
+    return result, batches
+
+
+def lines_of(workdir):
+    return [deterministic(json.loads(line)) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+class At(Hook):
+    """Does something once when a step is reported, and remembers all it was told."""
+
+    def __init__(self, step=None, action=lambda: None):
+        self.step, self.action = step, action
+        self.steps, self.evaluations, self.ended = [], {}, False
+
+    def on_step(self, step, line):
+        self.steps.append(step)
+        if step == self.step:
+            self.action()
+
+    def on_eval(self, step, results):
+        self.evaluations[step] = results
+
+    def on_end(self, step):
+        self.ended = True
+
+
+def test_trains_every_batch_once_and_saves_the_end(tmp_path):
+    result, batches = train(tmp_path)
+    assert (result.step, result.is_interrupted) == (10, False)
+    assert float(result.state["params"]["sum"]) == 8 * sum(range(1, 11))
+    assert batches.drawn == list(range(1, 11)), "nothing is drawn that is not trained on"
+    assert saved.available_steps(tmp_path) == [4, 8, 10]
+    assert [line["step"] for line in lines_of(tmp_path)] == [3, 6, 9, 10]
+
+
+def test_a_checkpoint_knows_the_batch_trained_last_not_the_one_read_ahead(tmp_path):
+    train(tmp_path)
+    for step in (4, 8, 10):
+        assert saved.read_metadata(tmp_path, step)[1].data_position == {"next_step": step + 1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [1, 4, 8])
+def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_bit_by_bit(tmp_path, number, step):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    expected, _ = train(whole)
+    stop = At(step, lambda: os.kill(os.getpid(), number))
+    stopped, _ = train(cut, hooks=[stop])
+    assert stopped.is_interrupted and step < stopped.step < 10
+    assert stop.ended
+    assert saved.available_steps(cut)[-1] == stopped.step
+    resumed, batches = train(cut)
+    assert resumed.step == 10
+    assert batches.drawn == list(range(stopped.step + 1, 11))
+    assert lines_of(cut) == lines_of(whole)
+    assert resumed.state == expected.state
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are put back"
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, hooks=[At(2, twice)])
+
+
+def test_lines_after_the_checkpoint_are_written_again(tmp_path):
+    """What kill -9 leaves: lines of steps that no checkpoint has, the last one cut short."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+        train(folder)
+    import shutil
+
+    for step in ("8", "10"):
+        shutil.rmtree(cut / "checkpoints" / step)
+    text = (cut / "metrics.jsonl").read_text()
+    (cut / "metrics.jsonl").write_text(text[: len(text) - 40])
+    _, batches = train(cut)
+    assert batches.drawn[0] == 5
+    assert lines_of(cut) == lines_of(whole)
+
+
+def test_a_bad_step_is_reported_with_its_records(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path, bad=[5])
+    assert "step 5 skipped" in caplog.text and "record-5" in caplog.text
+    assert [line["skipped_steps"] for line in lines_of(tmp_path)] == [0, 1, 1, 1]
+    assert all(line["loss"] is not None for line in lines_of(tmp_path))
+
+
+def test_a_run_of_bad_steps_ends_with_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(loops, "MAX_CONSECUTIVE_BAD_STEPS", 3)
+    with pytest.raises(ValueError, match="3 steps in a row up to step 6 were not finite"):
+        train(tmp_path, bad=[2, 4, 5, 6])
+
+
+def test_evaluations_reach_hooks_and_their_file(tmp_path):
+    watch = At()
+    train(
+        tmp_path,
+        config_of(eval_every_steps=4),
+        hooks=[watch],
+        evaluate=lambda state, step: {"sum": float(state["params"]["sum"])},
+    )
+    assert watch.evaluations == {4: {"sum": 80.0}, 8: {"sum": 288.0}}
+    assert watch.steps == list(range(1, 11))
+    written = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert written == [{"step": 4, "sum": 80.0}, {"step": 8, "sum": 288.0}]
+
+
+def test_the_step_is_traced_once(tmp_path):
+    num_traces = 0
+
+    def counted(state, batch):
+        nonlocal num_traces
+        num_traces += 1
+        return toy_step.__wrapped__(state, batch)
+
+    train(tmp_path, step=jax.jit(counted))
+    assert num_traces == 1
+
+
+def test_a_batch_of_another_shape_is_an_error_not_a_recompilation(tmp_path):
+    class Growing(CountedBatches):
+        def __next__(self):
+            return np.ones((2, 4 if super().__next__()[0, 0] < 3 else 5), np.int32)
+
+    with pytest.raises(TypeError):
+        train(tmp_path, batches=Growing())
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(tmp_path):
+    train(tmp_path)
+    result, batches = train(tmp_path, dataclasses.replace(config_of(), total_steps=13))
+    assert result.step == 13
+    assert batches.drawn == [11, 12, 13]
+
+
+def test_lines_say_how_fast_it_went(tmp_path):
+    train(tmp_path)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["step_seconds"] > 0 and line["data_wait_seconds"] >= 0
+    assert line["mfu"] == pytest.approx(line["tokens_per_second"])
