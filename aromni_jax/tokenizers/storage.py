@@ -29,7 +29,7 @@ def save_tree(path: str | Path, tree: PyTree, *, identity: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_name(path.name + ".partial")
-    tensors = {name: np.ascontiguousarray(value) for name, value in sorted(flatten(tree).items())}
+    tensors = {name: np.asarray(value, order="C") for name, value in sorted(flatten(tree).items())}
     with open(partial_path, "wb") as file:
         file.write(safetensors.numpy.save(tensors, metadata={"identity": identity}))
         file.flush()
@@ -74,7 +74,7 @@ def fingerprint(tree: PyTree, description: str) -> str:
     digest = hashlib.sha256(description.encode())
     for name, value in sorted(flatten(tree).items()):
         digest.update(f"{name} {value.dtype} {value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
+        digest.update(value.tobytes())
     return digest.hexdigest()
 
 

@@ -151,9 +151,11 @@ def train_codec(
 
     path = Path(workdir) / "training.safetensors"
     # The hardware generator: drawing with threefry would take longer to compile than the train step.
-    state = start(jax.random.key(seed, impl="rbg"), batch(0))
+    beginning = (jax.random.key(seed, impl="rbg"), batch(0))
     if path.exists():
-        state = storage.load_tree(path, like=state, identity=identity)
+        state = storage.load_tree(path, like=jax.eval_shape(start, *beginning), identity=identity)
+    else:
+        state = start(*beginning)
     last_save = time.monotonic()
     for step in range(int(state.step), recipe.total_steps):
         if step == recipe.continuous_steps:

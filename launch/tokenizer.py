@@ -1,0 +1,268 @@
+"""`aromni tokenizer train|encode|decode|evaluate`: make, try and measure the tokenizers by themselves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from aromni_jax.tokenizers.image import ImageTokenizer
+    from aromni_jax.tokenizers.speech import SpeechTokenizer
+
+_SUFFIXES = {
+    "text": (".txt",),
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"),
+    "speech": (".wav", ".flac", ".ogg"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags of `aromni tokenizer`."""
+    parser.add_argument("action", choices=("train", "encode", "decode", "evaluate"))
+    parser.add_argument("--kind", required=True, choices=tuple(_SUFFIXES))
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the tokenizer: written by train, else read")
+    parser.add_argument(
+        "--input", required=True, metavar="PATH", help="a file, a folder, or a manifest of conversations"
+    )
+    parser.add_argument("--output", metavar="FILE", help="encode: a .npy of codes; decode: a .png, .wav or .txt")
+    parser.add_argument("--split", default="", help="of a manifest, read only this split")
+    parser.add_argument("--vocab_size", type=int, default=1024, help="train --kind=text: number of pieces")
+    parser.add_argument("--total_steps", type=int, help="train --kind=image|speech: overrides the recipe")
+    parser.add_argument("--num_codes", type=int, help="train --kind=image|speech: overrides the size of the codebook")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="evaluate: also write the table as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs one action; ValueError and FileNotFoundError say what to do."""
+    if args.action in ("encode", "decode") and not args.output:
+        raise ValueError(f"aromni tokenizer {args.action} needs --output=FILE")
+    {"train": _train, "encode": _encode, "decode": _decode, "evaluate": _evaluate}[args.action](args)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from aromni_jax.tokenizers import image, speech
+    from aromni_jax.tokenizers.text import SentencePieceText
+
+    if args.kind == "text":
+        text = SentencePieceText.train(_texts(args), args.vocab_size, args.seed)
+        text.save(args.tokenizer)
+        print(f"{text.size} pieces, fingerprint {text.fingerprint[:16]}, in {args.tokenizer}")
+        return
+    workdir, meter = Path(args.tokenizer) / "training", _Meter()
+    config: Any = image.QUICKSTART if args.kind == "image" else speech.QUICKSTART
+    if args.num_codes:
+        config = dataclasses.replace(config, num_codes=args.num_codes)
+    if args.total_steps:
+        config = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, total_steps=args.total_steps))
+    tokenizer: ImageTokenizer | SpeechTokenizer
+    if args.kind == "image":
+        size = config.net.image_size
+        pixels = np.stack([image.prepare_image(path, size) for path in _paths(args)])
+        tokenizer = image.train_image_tokenizer(pixels, config, args.seed, workdir, meter)
+    else:
+        rate_hz = config.net.sample_rate_hz
+        waveforms = [speech.prepare_sound(path, None, rate_hz) for path in _paths(args)]
+        tokenizer = speech.train_speech_tokenizer(waveforms, config, args.seed, workdir, meter)
+    tokenizer.save(args.tokenizer)
+    print(f"{tokenizer.num_codes} codes, fingerprint {tokenizer.fingerprint[:16]}, in {args.tokenizer}")
+
+
+def _encode(args: argparse.Namespace) -> None:
+    paths = _paths(args)
+    if len(paths) != 1:
+        raise ValueError(f"--input={args.input} holds {len(paths)} files; encode takes one")
+    if args.kind == "text":
+        from aromni_jax.tokenizers.text import load_text_tokenizer
+
+        codes = np.array(load_text_tokenizer(args.tokenizer).encode(paths[0].read_text(encoding="utf-8")), np.int32)
+    elif args.kind == "image":
+        pictures = _image_tokenizer(args)
+        codes = pictures.encode(pictures.prepare(paths[0])[None])[0]
+    else:
+        sounds = _speech_tokenizer(args)
+        codes = sounds.encode([sounds.prepare(paths[0])])[0]
+    np.save(args.output, codes)
+    print(f"{codes.size} codes in {args.output}")
+
+
+def _decode(args: argparse.Namespace) -> None:
+    try:
+        codes = np.load(args.input, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{args.input} is not a .npy file of codes: {error}") from error
+    if args.kind == "text":
+        from aromni_jax.tokenizers.text import load_text_tokenizer
+
+        text = load_text_tokenizer(args.tokenizer).decode(codes.reshape(-1).tolist())
+        Path(args.output).write_text(text, encoding="utf-8")
+    elif args.kind == "image":
+        import PIL.Image
+
+        PIL.Image.fromarray(_image_tokenizer(args).decode(np.atleast_2d(codes))[0]).save(args.output)
+    else:
+        import soundfile
+
+        sounds = _speech_tokenizer(args)
+        soundfile.write(args.output, sounds.decode([np.atleast_2d(codes)])[0], sounds.sample_rate_hz)
+    print(args.output)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    measure = {"text": _evaluate_text, "image": _evaluate_image, "speech": _evaluate_speech}[args.kind]
+    table = measure(args)
+    for name, value in table.items():
+        print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(table, indent=2) + "\n")
+
+
+def _evaluate_text(args: argparse.Namespace) -> dict[str, Any]:
+    from aromni_jax.tokenizers.text import load_text_tokenizer
+
+    tokenizer = load_text_tokenizer(args.tokenizer)
+    texts = _texts(args)
+    ids = [tokenizer.encode(text) for text in texts]
+    return {
+        "texts": len(texts),
+        "round_trip": float(np.mean([tokenizer.decode(i) == text for i, text in zip(ids, texts)])),
+        "characters_per_token": sum(map(len, texts)) / max(1, sum(map(len, ids))),
+        **_code_use(ids, tokenizer.size),
+    }
+
+
+def _evaluate_image(args: argparse.Namespace) -> dict[str, Any]:
+    tokenizer = _image_tokenizer(args)
+    pixels = np.stack([tokenizer.prepare(path) for path in _paths(args)])
+    codes = tokenizer.encode(pixels)
+    squared = np.square(tokenizer.decode(codes).astype(np.float64) - pixels).mean(axis=(1, 2, 3))
+    return {
+        "pictures": len(pixels),
+        "psnr_db": float(np.mean(10 * np.log10(255**2 / np.maximum(squared, 1e-3)))),
+        "psnr_db_of_mean_error": float(10 * np.log10(255**2 / np.maximum(squared.mean(), 1e-3))),
+        **_code_use(codes, tokenizer.num_codes),
+    }
+
+
+def _evaluate_speech(args: argparse.Namespace) -> dict[str, Any]:
+    from aromni_jax.tokenizers.speech import mel_distance
+
+    tokenizer = _speech_tokenizer(args)
+    waveforms = [tokenizer.prepare(path) for path in _paths(args)]
+    codes = tokenizer.encode(waveforms)
+    decoded = [sound[: len(truth)] for sound, truth in zip(tokenizer.decode(codes), waveforms)]
+    pairs = list(zip(waveforms, decoded))
+    distances = [mel_distance(ours, truth, tokenizer.sample_rate_hz) for truth, ours in pairs]
+    return {
+        "utterances": len(pairs),
+        "seconds": sum(map(len, waveforms)) / tokenizer.sample_rate_hz,
+        "codes_per_second": tokenizer.codes_per_second,
+        "mel_distance": float(np.mean(distances)),
+        "stoi": _stoi(pairs, tokenizer.sample_rate_hz),
+        **_code_use([c.reshape(-1) for c in codes], tokenizer.num_codes),
+    }
+
+
+def _stoi(pairs: list[tuple[np.ndarray, np.ndarray]], rate_hz: int) -> float | None:
+    """Mean STOI over stretches of at least 1.5 s (single words are too short for it); None without pystoi."""
+    try:
+        from pystoi import stoi
+    except ImportError:
+        print("stoi needs pystoi: pip install 'aromni-jax[eval]'")
+        return None
+    scores: list[float] = []
+    stretch: list[tuple[np.ndarray, np.ndarray]] = []
+    for pair in pairs:
+        stretch.append(pair)
+        if sum(len(truth) for truth, _ in stretch) >= 1.5 * rate_hz:
+            truth, ours = (np.concatenate(side) for side in zip(*stretch))
+            scores.append(float(stoi(truth, ours, rate_hz)))
+            stretch = []
+    return float(np.mean(scores)) if scores else None
+
+
+def _code_use(codes: Iterable[Any], num_codes: int) -> dict[str, Any]:
+    counts = np.bincount(np.concatenate([np.asarray(c, np.int64).reshape(-1) for c in codes]), minlength=num_codes)
+    share = counts[counts > 0] / max(1, counts.sum())
+    return {
+        "codes": num_codes,
+        "codes_used": int((counts > 0).sum()),
+        "perplexity": float(np.exp(-(share * np.log(share)).sum())),
+    }
+
+
+def _paths(args: argparse.Namespace) -> list[Path]:
+    """Files of the kind behind --input, sorted or in manifest order; ValueError when there are none."""
+    source, suffixes = Path(args.input), _SUFFIXES[args.kind]
+    if not source.exists():
+        raise FileNotFoundError(f"--input={source} does not exist")
+    if source.is_dir():
+        paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in suffixes)
+    elif source.suffix == ".jsonl":
+        found = (part.get(args.kind) for part in _manifest_parts(source, args.split))
+        paths = [source.parent / name for name in dict.fromkeys(found) if name]
+    else:
+        paths = [source]
+    if not paths:
+        raise ValueError(f"--input={source} holds no {args.kind} ({', '.join(suffixes)})")
+    return paths
+
+
+def _texts(args: argparse.Namespace) -> list[str]:
+    if args.input.endswith(".jsonl"):
+        return [part["text"] for part in _manifest_parts(Path(args.input), args.split) if "text" in part]
+    return [path.read_text(encoding="utf-8") for path in _paths(args)]
+
+
+def _manifest_parts(path: Path, split: str) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            if not split or record["split"] == split:
+                parts += [part for message in record["messages"] for part in message["parts"]]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is not a conversation of a manifest: {error!r}") from error
+    return parts
+
+
+def _image_tokenizer(args: argparse.Namespace) -> ImageTokenizer:
+    from aromni_jax.tokenizers.image import ImageTokenizer
+
+    return ImageTokenizer.load(args.tokenizer)
+
+
+def _speech_tokenizer(args: argparse.Namespace) -> SpeechTokenizer:
+    from aromni_jax.tokenizers.speech import SpeechTokenizer
+
+    return SpeechTokenizer.load(args.tokenizer)
+
+
+class _Meter:
+    """Prints training progress with the time left."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def __call__(self, entry: dict[str, Any]) -> None:
+        now, step = time.monotonic(), entry["step"]
+        self._first = self._first or (now, step)
+        pace = (now - self._first[0]) / max(1, step - self._first[1])
+        numbers = "  ".join(f"{key} {value:.3f}" for key, value in entry.items() if key not in ("step", "total_steps"))
+        left = f"{pace * (entry['total_steps'] - step):.0f} s left" if step > self._first[1] else ""
+        print(f"step {step}/{entry['total_steps']}  {numbers}  {left}", flush=True)
+
+
+if __name__ == "__main__":
+    from launch.cli import run_module
+
+    run_module(__file__)
