@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from aromni_jax.interop.chameleon import Provenance
-    from aromni_jax.models.config import ModelConfig
-    from aromni_jax.train.saved import SavedParams
-    from aromni_jax.vocab import JointVocab
+from launch.saved_run import SavedRun
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -79,86 +71,19 @@ def export_workdir(
     """
     from aromni_jax.interop.chameleon import export_chameleon
 
-    saved = _SavedSource(workdir, step, ema)
+    run = SavedRun(workdir, step, ema)
     return export_chameleon(
-        saved,
-        saved.model,
-        saved.vocab,
+        run,
+        run.model,
+        run.vocab,
         pathlib.Path(output),
-        provenance=saved.provenance(template),
+        provenance=run.provenance(template),
         dtype=dtype,
-        tokenizers=saved.tokenizers,
+        tokenizers=run.tokenizers,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
         progress=progress,
     )
-
-
-class _SavedSource:
-    """One checkpoint of a workdir as an `interop.TensorSource`, with the model and vocabulary it belongs to."""
-
-    def __init__(self, workdir: str | os.PathLike[str], step: int | None, ema: bool) -> None:
-        from aromni_jax.models.config import resolve_model
-        from aromni_jax.train.saved import open_for_export
-        from aromni_jax.train.workdir import TOKENIZERS
-        from aromni_jax.vocab import JointVocab
-
-        self._saved: SavedParams = open_for_export(workdir, step, ema)
-        self._ema = ema
-        self.tokenizers = pathlib.Path(workdir) / TOKENIZERS
-        vocab_file = self.tokenizers / "vocab.json"
-        if not vocab_file.is_file():
-            raise ValueError(f"{vocab_file} is missing: without it nobody knows what the rows of the model mean")
-        self.vocab: JointVocab = JointVocab.from_json(vocab_file.read_text(encoding="utf-8"))
-        self.vocab.check_fingerprint(self._saved.facts.vocab_fingerprint, f"checkpoint {self._saved.step} of {workdir}")
-        head = self._saved.shapes.get("perceptual_head/kernel")
-        self.model: ModelConfig = resolve_model(
-            self._saved.facts.config["model"], self.vocab.size, head.shape[-1] if head else 0
-        )
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(leaf.shape) for name, leaf in self._saved.shapes.items()}
-
-    def read(self, path: str, layer: int | None) -> np.ndarray:
-        return self._saved.read(path, layer)
-
-    def provenance(self, template: str) -> Provenance:
-        from aromni_jax.interop.chameleon import Provenance
-
-        config = self._saved.facts.config
-        imported = config.get("imported")
-        return Provenance(
-            step=self._saved.step,
-            template=template or (imported["template"] if imported else _template_of_data(config)),
-            data_fingerprint=self._saved.facts.data_fingerprint,
-            uses_ema=self._ema or bool(imported and imported["uses_ema"]),
-            max_positions=config["sequence_length"],
-        )
-
-
-def _template_of_data(config: dict[str, Any]) -> str:
-    """Name of the templates the data sets of a run were made with; "" for synthetic rows, which have none.
-
-    Raises:
-      ValueError: a data set is not there any more, or they were made with different ones.
-    """
-    mixture = config["data"]["mixture"]
-    if isinstance(mixture, str):
-        return ""
-    names = set()
-    for name, entry in mixture.items():
-        described = pathlib.Path(entry["path"]) / "dataset.json"
-        if not described.is_file():
-            raise ValueError(
-                f"data set {name!r} is not at {described.parent} any more: name its templates with --template"
-            )
-        names.add(json.loads(described.read_text(encoding="utf-8"))["templates"]["name"])
-    if len(names) > 1:
-        raise ValueError(
-            f"the data sets were made with several templates ({', '.join(sorted(names))}): say with --template which "
-            "one prompts of this model should use"
-        )
-    return names.pop()
 
 
 def parse_size(text: str) -> int:

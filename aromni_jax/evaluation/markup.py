@@ -13,6 +13,7 @@ _MEDIA_TYPES = {".png": "image/png", ".wav": "audio/wav"}
 
 
 def escape(value: Any) -> str:
+    """Text as HTML, quotes included."""
     return html.escape(str(value), quote=True)
 
 
@@ -42,10 +43,12 @@ def _data_uri(path: pathlib.Path) -> str:
 
 
 def image(path: pathlib.Path, alt: str) -> str:
+    """An <img> that carries the file in itself."""
     return f'<img alt="{escape(alt)}" src="{_data_uri(path)}">'
 
 
 def audio(path: pathlib.Path) -> str:
+    """An <audio> player that carries the file in itself."""
     return f'<audio controls preload="none" src="{_data_uri(path)}"></audio>'
 
 

@@ -316,12 +316,6 @@ class ChameleonDirectory:
             tensor = deinterleave(tensor, heads)
         return rule.to_ours(tensor, self._dims).astype(dtype, copy=False)
 
-
-def load_export(directory: Path | str) -> tuple[ModelConfig, dict[str, Any], JointVocab, Path | None]:
-    """(model, params, vocabulary, tokenizers directory) of a Chameleon directory, for decoding and evaluation.
-
-    Parameters are numpy arrays in the dtype of the files, and `model.param_dtype` says which.
-    """
-    opened = ChameleonDirectory(Path(directory))
-    params = names.nested({path: opened.read(path, None) for path in opened.shapes()})
-    return dataclasses.replace(opened.model, param_dtype=opened.dtype), params, opened.vocab, opened.tokenizers
+    def params(self) -> dict[str, Any]:
+        """The whole parameter tree as numpy arrays of `dtype`."""
+        return names.nested({path: self.read(path, None) for path in self.shapes()})

@@ -20,7 +20,6 @@ from aromni_jax.interop.chameleon import (
     TreeSource,
     export_chameleon,
     full_shapes,
-    load_export,
 )
 from aromni_jax.interop.container import INDEX_NAME, plan_shards, whole_directory
 from aromni_jax.vocab import JointVocab
@@ -47,11 +46,12 @@ def assert_trees_equal(left, right):
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10_000_000, 10_000])
-def test_load_export_returns_what_was_exported(tmp_path, model, vocab, max_shard_bytes):
+def test_directory_holds_what_was_exported(tmp_path, model, vocab, max_shard_bytes):
     params = export(tmp_path / "out", model, vocab, dtype="float32", max_shard_bytes=max_shard_bytes)
-    loaded_model, loaded, loaded_vocab, tokenizers = load_export(tmp_path / "out")
-    assert (loaded_model, loaded_vocab, tokenizers) == (model, vocab, None)
-    assert_trees_equal(loaded, params)
+    opened = ChameleonDirectory(tmp_path / "out")
+    assert (opened.model, opened.vocab, opened.provenance) == (model, vocab, PROVENANCE)
+    assert (opened.dtype, opened.tokenizers, opened.left_out) == ("float32", None, ())
+    assert_trees_equal(opened.params(), params)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -79,10 +79,10 @@ def test_export_import_export_is_bit_identical(tmp_path, vocab, dtype, max_shard
 
 def test_bfloat16_export_rounds_each_value_once(tmp_path, model, vocab):
     params = export(tmp_path / "out", model, vocab, dtype="bfloat16")
-    loaded_model, loaded, *_ = load_export(tmp_path / "out")
-    assert loaded_model.param_dtype == "bfloat16"
+    opened = ChameleonDirectory(tmp_path / "out")
+    assert opened.dtype == "bfloat16"
     rounded = {path: leaf.astype(ml_dtypes.bfloat16) for path, leaf in names.leaf_paths(params).items()}
-    assert_trees_equal(loaded, names.nested(rounded))
+    assert_trees_equal(opened.params(), names.nested(rounded))
 
 
 def test_files_are_valid_safetensors_and_the_index_names_every_tensor(tmp_path, model, vocab):

@@ -11,7 +11,7 @@ import pytest
 
 from aromni_jax.config import CheckpointConfig
 from aromni_jax.interop import names
-from aromni_jax.interop.chameleon import METADATA_FILE, load_export
+from aromni_jax.interop.chameleon import METADATA_FILE, ChameleonDirectory
 from aromni_jax.train.checkpoint import Checkpointer, RunFacts
 from aromni_jax.train.saved import load_params
 from launch import cli
@@ -54,10 +54,10 @@ def test_export_takes_the_newest_checkpoint_or_the_step_asked_for(tmp_path):
     saved = make_workdir(tmp_path / "run")
     for step, arguments in ((5, {}), (3, {"step": 3})):
         export_workdir(tmp_path / "run", tmp_path / f"out{step}", dtype="float32", **arguments)
-        model, params, vocab, tokenizers = load_export(tmp_path / f"out{step}")
-        assert_trees_equal(params, saved[step])
-        assert (model, vocab) == (small_model(), small_vocab())
-        assert (tokenizers / "vocab.json").is_file()
+        opened = ChameleonDirectory(tmp_path / f"out{step}")
+        assert_trees_equal(opened.params(), saved[step])
+        assert (opened.model, opened.vocab) == (small_model(), small_vocab())
+        assert (opened.tokenizers / "vocab.json").is_file()
         metadata = json.loads((tmp_path / f"out{step}" / METADATA_FILE).read_text())
         assert (metadata["step"], metadata["data_fingerprint"], metadata["max_positions"]) == (step, "data-1", 64)
 
@@ -65,7 +65,7 @@ def test_export_takes_the_newest_checkpoint_or_the_step_asked_for(tmp_path):
 def test_export_of_the_moving_average(tmp_path):
     make_workdir(tmp_path / "run", steps=(5,), ema=True)
     export_workdir(tmp_path / "run", tmp_path / "out", ema=True, dtype="float32")
-    assert_trees_equal(load_export(tmp_path / "out")[1], random_params(small_model(), seed=105))
+    assert_trees_equal(ChameleonDirectory(tmp_path / "out").params(), random_params(small_model(), seed=105))
     assert json.loads((tmp_path / "out" / METADATA_FILE).read_text())["uses_ema"] is True
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from aromni_jax.config import TrainConfig, from_mapping
-from aromni_jax.interop.chameleon import Provenance, TreeSource, export_chameleon, load_export
+from aromni_jax.interop.chameleon import ChameleonDirectory, Provenance, TreeSource, export_chameleon
 from aromni_jax.models.decoder import Decoder
 from launch.export import export_workdir
 from launch.flags import load_config
@@ -103,9 +103,9 @@ def test_bfloat16_export_holds_the_rounded_weights(tmp_path):
     """Computed in float32 on both sides, so that only the stored values are compared."""
     model = small_model()
     export(model, random_params(model), tmp_path / "out", dtype="bfloat16")
-    loaded_model, params, *_ = load_export(tmp_path / "out")
-    assert loaded_model.param_dtype == "bfloat16"
-    rounded = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+    opened = ChameleonDirectory(tmp_path / "out")
+    assert opened.dtype == "bfloat16"
+    rounded = jax.tree.map(lambda leaf: leaf.astype(np.float32), opened.params())
     expected = their_logits(their_model(tmp_path / "out"), token_ids())
     np.testing.assert_allclose(our_logits(model, rounded, token_ids()), expected, atol=TOLERANCE, rtol=0)
 

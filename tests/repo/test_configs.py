@@ -14,6 +14,7 @@ from aromni_jax.models.config import ModelConfig, resolve_model
 from aromni_jax.structs import Modality, Task
 from data_pipelines.pretokenize import PretokenizeConfig
 from launch.flags import load_config
+from launch.quickstart_job import QuickstartConfig
 from tests.fixtures.source_tree import ROOT
 
 SIZES = ("debug", "100m", "1b", "7b", "34b")
@@ -26,16 +27,20 @@ TRAINING = {
         "debug,weighting=balanced",
     ),
     "sft": SIZES,
-    "quickstart": ("",),
 }
-OTHER = {"pretokenize": {"train": PretokenizeConfig, "heldout": PretokenizeConfig}}
+OTHER = {
+    "pretokenize": {"train": PretokenizeConfig, "heldout": PretokenizeConfig},
+    "quickstart": {"": QuickstartConfig, "tiny": QuickstartConfig},
+}
 NOT_CONFIGS = {"__init__", "common"}
 
 
 def targets(variants):
-    return [
-        f"configs/{name}.py" + (f":{variant}" if variant else "") for name, all_ in variants.items() for variant in all_
-    ]
+    return [target(name, variant) for name, all_ in variants.items() for variant in all_]
+
+
+def target(name, variant):
+    return f"configs/{name}.py" + (f":{variant}" if variant else "")
 
 
 def load(target):
@@ -47,9 +52,12 @@ def test_every_config_file_is_tested_here():
     assert files == TRAINING.keys() | OTHER.keys()
 
 
-@pytest.mark.parametrize("target", targets(TRAINING))
-def test_training_configs_build(target):
-    config = from_mapping(TrainConfig, load(target))
+@pytest.mark.parametrize("shipped", targets(TRAINING))
+def test_training_configs_build(shipped):
+    check_training(from_mapping(TrainConfig, load(shipped)))
+
+
+def check_training(config):
     assert isinstance(resolve_model(config.model, vocab_size=1024, perceptual_dim=8), ModelConfig)
     for task, weights in config.loss.task_modality_weights.items():
         assert Task.from_name(task).label == task
@@ -60,7 +68,9 @@ def test_training_configs_build(target):
 @pytest.mark.parametrize("name", OTHER)
 def test_other_configs_build(name):
     for variant, kind in OTHER[name].items():
-        assert isinstance(from_mapping(kind, load(f"configs/{name}.py:{variant}")), kind)
+        config = from_mapping(kind, load(target(name, variant)))
+        if kind is QuickstartConfig:
+            check_training(config.train)
 
 
 def test_configs_load_without_jax():
