@@ -74,9 +74,10 @@ def tiny(config: ConfigDict) -> ConfigDict:
         heldout_digit_utterances_per_voice=10,
         heldout_phrases_per_voice=4,
     )
-    config.tokenizers.update(text_vocab_size=380, image_steps=60, speech_steps=40)
+    config.tokenizers.update(text_vocab_size=380, image_steps=30, speech_steps=20)
     config.train.model = "debug"
     config.train.total_steps = 20
+    config.train.optimizer.warmup_steps = 4
     config.train.checkpoint.save_every_steps = 5
     config.train.log_every_steps = 2
     for task in config.evaluate.cases_per_group:

@@ -27,8 +27,8 @@ class Stage:
     """One step of a job.
 
     `run(report)` does the work, or goes on with it, and returns JSON-ready facts for later stages and the page.
-    `inputs` is everything its result depends on besides the stages before it. A stage that is `replaceable` runs again when its
-    inputs changed; any other one refuses to, because its result cost something.
+    `inputs` is everything its result depends on besides the stages before it. A stage that is `replaceable` runs again
+    when its inputs changed; any other one refuses to, because its result cost something.
     """
 
     name: str

@@ -1,0 +1,249 @@
+"""`aromni generate`: text, pictures and speech from a trained model, for one request or for a file of many."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aromni_jax.structs import Message, Part, Task
+    from launch.loading import LoadedModel
+
+TASKS = ("text-to-image", "text-to-speech", "speech-to-text", "caption", "speech-to-image", "question", "chat")
+_NEEDS = {
+    "text-to-image": ("text",),
+    "text-to-speech": ("text",),
+    "speech-to-text": ("speech",),
+    "caption": ("image",),
+    "speech-to-image": ("speech",),
+    "question": ("text",),
+    "chat": (),
+}
+_MAY_HAVE = {"question": ("text", "image"), "chat": ("text", "image", "speech")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `aromni generate`."""
+    parser.add_argument("task", nargs="?", metavar="TASK", help=f"one of {', '.join(TASKS)}; not needed with --input")
+    parser.add_argument("--model", required=True, metavar="DIR", help="export directory, or workdir of a run")
+    parser.add_argument("--text", metavar="TEXT", help="what is said to the model")
+    parser.add_argument("--image", metavar="FILE", help="a picture for it to see")
+    parser.add_argument("--speech", metavar="FILE", help="a sound file for it to hear")
+    parser.add_argument(
+        "--input", metavar="FILE.jsonl", help='many requests: {"task", "text", "image", "speech"} a line'
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="where PNG, WAV, text and result.json go")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is sampled (default: 0)")
+    parser.add_argument("--max_text_tokens", type=int, default=256, metavar="N", help="longest text (default: 256)")
+    parser.add_argument("--max_seconds", type=float, default=10.0, metavar="S", help="longest speech (default: 10)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="of pictures and chat (default: as released)")
+    parser.add_argument("--top_p", type=float, metavar="P", help="of pictures and chat (default: as released)")
+    parser.add_argument("--template", default="", metavar="NAME", help="prompt templates, where the model names none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One thing asked: a task and what goes with it; media as paths."""
+
+    task: str
+    text: str | None = None
+    image: str | None = None
+    speech: str | None = None
+
+    def check(self, where: str) -> None:
+        """ValueError naming `where` when the task is unknown or its inputs are not the ones it takes."""
+        import difflib
+
+        if self.task not in TASKS:
+            near = difflib.get_close_matches(self.task, TASKS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"tasks: {', '.join(TASKS)}"
+            raise ValueError(f"{where}: unknown task {self.task!r}; {hint}")
+        given = [kind for kind in ("text", "image", "speech") if getattr(self, kind) is not None]
+        needed, allowed = _NEEDS[self.task], _MAY_HAVE.get(self.task, _NEEDS[self.task])
+        missing = [f"--{kind}" for kind in needed if kind not in given]
+        extra = [f"--{kind}" for kind in given if kind not in allowed]
+        if missing or not given:
+            raise ValueError(
+                f"{where}: {self.task} needs {', '.join(missing) or 'something to answer to, such as --text'}"
+            )
+        if extra:
+            raise ValueError(f"{where}: {self.task} does not take {', '.join(extra)}")
+
+
+def read_requests(args: argparse.Namespace) -> list[Request]:
+    """The requests of the command line, or of the lines of `--input`.
+
+    Raises:
+      ValueError: both or neither are given, or a line is not a request.
+    """
+    if not args.input:
+        if not args.task:
+            raise ValueError(f"give a task ({', '.join(TASKS)}) or --input=FILE.jsonl")
+        requests = [Request(args.task, args.text, args.image, args.speech)]
+        requests[0].check("command line")
+        return requests
+    if args.text or args.image or args.speech:
+        raise ValueError("give --text, --image and --speech in the lines of --input, not beside it")
+    path = pathlib.Path(args.input)
+    requests = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            fields = {"task": args.task, **json.loads(line)}
+            request = Request(**fields)
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{where} is not a request with task, text, image or speech: {error}") from error
+        # Media are named relative to the file that names them.
+        media = {k: str(path.parent / v) for k in ("image", "speech") if (v := getattr(request, k)) is not None}
+        request = dataclasses.replace(request, **media)
+        request.check(where)
+        requests.append(request)
+    if not requests:
+        raise ValueError(f"{path} holds no requests")
+    return requests
+
+
+def main(args: argparse.Namespace) -> int:
+    """Answers every request and writes the answers."""
+    requests = read_requests(args)
+    from launch.loading import load_model
+
+    started = time.perf_counter()
+    loaded = load_model(args.model, template=args.template)
+    loaded_at = time.perf_counter()
+    answers = answer(loaded, requests, args)
+    seconds = {"load": loaded_at - started, "generate": time.perf_counter() - loaded_at}
+    output = pathlib.Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    lines = [
+        _write(parts, request, output, i, loaded)
+        for i, (request, parts) in enumerate(zip(requests, answers, strict=True))
+    ]
+    settings = {
+        name: getattr(args, name)
+        for name in ("model", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p")
+    }
+    result = {"settings": settings, "step": loaded.step, "seconds": seconds, "answers": lines}
+    (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for line in lines:
+        print(f"{line['task']}: {'; '.join(line['text'] + line['files'])}")
+    return 0
+
+
+def answer(loaded: LoadedModel, requests: list[Request], args: argparse.Namespace) -> list[tuple[Part, ...]]:
+    """What the model answers to each request, media as codes."""
+    from aromni_jax.inference import grammar
+    from aromni_jax.inference.decode import generate
+    from aromni_jax.structs import Task
+    from aromni_jax.tokenizers import joint
+
+    vocab, bundle = loaded.model.vocab, loaded.bundle
+
+    def adjusted(mode: grammar.Mode) -> grammar.Mode:
+        given = {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
+        return dataclasses.replace(mode, **given)
+
+    tasks = {request.task: Task.from_name(request.task) for request in requests}
+    policies = {
+        task: grammar.policy_for(task, image=adjusted(grammar.RELEASED_IMAGE), text=adjusted(grammar.RELEASED_TEXT))
+        for task in tasks.values()
+    }
+    speech_tokens = 0
+    if bundle.speech:
+        speech_tokens = round(args.max_seconds * bundle.speech.codes_per_second) * len(vocab.speech)
+    limits = {task: _limit(task, args.max_text_tokens, speech_tokens, vocab.tokens_per_image) for task in policies}
+    prompts = [
+        joint.prompt(
+            [_question(request, loaded)], tasks[request.task], vocab, bundle.text, loaded.templates, key=str(i)
+        )
+        for i, request in enumerate(requests)
+    ]
+    show = len(requests) > 1 and sys.stderr.isatty()
+
+    def progress(done: int, total: int) -> None:
+        if show:
+            print(f"\r{done} of {total} answers", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+    made = generate(
+        loaded.model,
+        grammar.compile_grammar(vocab, policies),
+        prompts,
+        max_new_tokens=limits,
+        seed=args.seed,
+        progress=progress,
+    )
+    return [joint.parts_of(ids, vocab, bundle.text) for ids in made]
+
+
+def _limit(task: Task, text_tokens: int, speech_tokens: int, image_tokens: int) -> int:
+    """Most tokens of an answer: what its parts may take, and their delimiters."""
+    from aromni_jax.structs import Task
+
+    parts = {
+        Task.TEXT_TO_IMAGE: image_tokens,
+        Task.SPEECH_TO_IMAGE: image_tokens + text_tokens,
+        Task.TEXT_TO_SPEECH: speech_tokens,
+        Task.CHAT: 2 * text_tokens + speech_tokens + image_tokens,
+    }
+    return parts.get(task, text_tokens) + 8
+
+
+def _question(request: Request, loaded: LoadedModel) -> Message:
+    """The user's turn with its media tokenized."""
+    from aromni_jax.structs import Image, Message, Speech, Text
+
+    parts: list[Part] = []
+    if request.image is not None:
+        if loaded.bundle.image is None:
+            raise ValueError("this model has no image tokenizer: it cannot see pictures")
+        parts.append(Image(codes_P=loaded.bundle.image.encode(loaded.bundle.image.prepare(request.image)[None])[0]))
+    if request.speech is not None:
+        if loaded.bundle.speech is None:
+            raise ValueError("this model has no speech tokenizer: it cannot hear")
+        parts.append(Speech(codes_KU=loaded.bundle.speech.encode([loaded.bundle.speech.prepare(request.speech)])[0]))
+    if request.text is not None:
+        parts.append(Text(request.text))
+    return Message("user", tuple(parts))
+
+
+def _write(
+    parts: tuple[Part, ...], request: Request, output: pathlib.Path, index: int, loaded: LoadedModel
+) -> dict[str, Any]:
+    """Writes one answer's files and returns its line of `result.json`."""
+    import soundfile
+    from PIL import Image as PilImage
+
+    from aromni_jax.structs import Image, Speech, Text
+
+    files: list[str] = []
+    texts = [part.text for part in parts if isinstance(part, Text)]
+    stem = f"{index:04d}_{request.task.replace('-', '_')}"
+    for part in parts:
+        path = output / f"{stem}.png"
+        if isinstance(part, Image):
+            assert loaded.bundle.image is not None and part.codes_P is not None
+            PilImage.fromarray(loaded.bundle.image.decode(part.codes_P[None])[0]).save(path)
+        elif isinstance(part, Speech):
+            assert loaded.bundle.speech is not None and part.codes_KU is not None
+            path = path.with_suffix(".wav")
+            waveform = loaded.bundle.speech.decode([part.codes_KU])[0]
+            soundfile.write(path, waveform, loaded.bundle.speech.sample_rate_hz, subtype="PCM_16")
+        else:
+            continue
+        files.append(path.name)
+    if texts:
+        (output / f"{stem}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return {"task": request.task, "request": dataclasses.asdict(request), "text": texts, "files": files}
+
+
+if __name__ == "__main__":
+    from launch.cli import run_module
+
+    run_module(__file__)
