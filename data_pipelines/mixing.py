@@ -139,7 +139,7 @@ class Mixture:
         if num_tokens > row_length + 1:
             num_long = int((self.lengths_N > row_length).sum())
             raise ValueError(
-                f"record {self[longest].example.key!r} ({self.where(longest)}) has {num_tokens} tokens, "
+                f"record {self[longest].key!r} ({self.where(longest)}) has {num_tokens} tokens, "
                 f"a row of sequence_length {row_length} holds {row_length + 1}; {num_long} record(s) are too long. "
                 "Raise sequence_length, or pre-tokenize again with max_tokens"
             )

@@ -50,8 +50,8 @@ class Rows(Protocol):
     @property
     def counts_TMR(self) -> np.ndarray: ...
 
-    def examples(self, row: int) -> Sequence[Example | None]:
-        """Documents of a row in order; None stands for one that is damaged."""
+    def documents(self, row: int) -> Sequence[StoredExample | None]:
+        """What stands in a row, in order; None stands for a damaged record."""
         ...
 
     def keys(self, row: int) -> list[str]: ...
@@ -70,14 +70,14 @@ class PlannedRows:
         self._num_read = 0
         self._lock = threading.Lock()
 
-    def examples(self, row: int) -> list[Example | None]:
+    def documents(self, row: int) -> list[StoredExample | None]:
         """Reads the documents of `row`; ValueError when too many records have turned out to be damaged."""
         return [self._read(int(document)) for document in self._plan[row]]
 
-    def _read(self, document: int) -> Example | None:
+    def _read(self, document: int) -> StoredExample | None:
         self._num_read += 1
         try:
-            return self._mixture[document].example
+            return self._mixture[document]
         except ValueError as error:
             with self._lock:
                 if (where := self._mixture.where(document)) not in self.damaged:
@@ -94,8 +94,8 @@ class PlannedRows:
         """Keys of the documents of `row`; a damaged one is named by its place."""
         found = []
         for document in self._plan[row]:
-            example = self._read(int(document))
-            found.append(example.key if example else self._mixture.where(int(document)))
+            stored = self._read(int(document))
+            found.append(stored.key if stored else self._mixture.where(int(document)))
         return found
 
 
@@ -117,10 +117,10 @@ class Batcher:
         loss_weights_BL, perceptual_mask_BL = np.zeros(shape, np.float32), np.zeros(shape, bool)
         for b, row in enumerate(rows):
             start = 0
-            for segment, example in enumerate(self._rows.examples(row) if row is not None else (), 1):
-                if example is None:
-                    continue  # its place at the end of the row stays padding
-                document = to_document(example, self._table_TMR)
+            for segment, stored in enumerate(self._rows.documents(row) if row is not None else (), 1):
+                if stored is None:
+                    continue  # what follows moves up, and the end of the row stays padding
+                document = to_document(stored, self._table_TMR)
                 place = b, slice(start, start + len(document.inputs_L))
                 inputs_BL[place], targets_BL[place] = document.inputs_L, document.targets_L
                 segment_ids_BL[place] = segment
@@ -308,17 +308,17 @@ class _ListedRows:
         for example, length in zip(examples, lengths_N.tolist(), strict=True):
             if length > row_length:
                 raise ValueError(f"record {example.key!r} has {length + 1} tokens, a row holds {row_length + 1}")
-        self._examples = examples
+        self._stored = [StoredExample.of(example) for example in examples]
         self._plan = make_plan(lengths_N, row_length, seed=0)
         self.num_rows = self._plan.num_rows
         self.fingerprint, self.fill = "", self._plan.fill
         self.counts_TMR = np.zeros(0)
 
-    def examples(self, row: int) -> list[Example | None]:
-        return [self._examples[document] for document in self._plan[row]]
+    def documents(self, row: int) -> list[StoredExample | None]:
+        return [self._stored[document] for document in self._plan[row]]
 
     def keys(self, row: int) -> list[str]:
-        return [self._examples[document].key for document in self._plan[row]]
+        return [self._stored[document].key for document in self._plan[row]]
 
 
 def load_examples(

@@ -271,7 +271,7 @@ class _Job:
             if self.config.too_long == "error":
                 raise ValueError(f"{message}; raise max_tokens or set too_long='drop'")
             raise RecordError("length", message)
-        return StoredExample(example, conversation.facts)
+        return StoredExample.of(example, conversation.facts)
 
     def finalize(self) -> None:
         """Writes what makes the shards a data set; several processes may do so at once, with the same result."""

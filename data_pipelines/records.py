@@ -35,25 +35,50 @@ _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredExample:
-    """An example and what its source says about it (label, voice, hold-out, ...)."""
+    """An example as it is stored, and what its source says about it (label, voice, hold-out, ...).
 
-    example: Example
+    `spans_S6` has a row (start, length, modality, role, message, part) for every span; the fast path of training reads
+    these columns, everyone else `example`.
+    """
+
+    tokens_L: np.ndarray
+    spans_S6: np.ndarray
+    task: Task
+    key: str
     facts: dict[str, Any]
+
+    @classmethod
+    def of(cls, example: Example, facts: dict[str, Any] | None = None) -> StoredExample:
+        """The stored form of an example in memory."""
+        spans = [(s.start, s.length, s.modality, s.role, s.message, s.part) for s in example.spans]
+        return cls(example.tokens_L, np.array(spans, np.int32).reshape(-1, 6), example.task, example.key, facts or {})
+
+    @functools.cached_property
+    def example(self) -> Example:
+        """The example with its spans as objects."""
+        spans = tuple(
+            Span(start, length, _MODALITIES[modality], _ROLES[role], message, part)
+            for start, length, modality, role, message, part in self.spans_S6.tolist()
+        )
+        return Example(self.tokens_L, spans, self.task, self.key)
+
+
+_MODALITIES = tuple(Modality)
+_ROLES = tuple(Role)
+_TASKS = tuple(Task)
 
 
 def encode_record(stored: StoredExample) -> bytes:
     """Packs an example: ids as uint16 where they fit, else uint32."""
-    example = stored.example
-    dtype = "<u2" if example.tokens_L.max(initial=0) < 2**16 else "<u4"
-    spans = np.array([dataclasses.astuple(span) for span in example.spans], "<i4")
+    dtype = "<u2" if stored.tokens_L.max(initial=0) < 2**16 else "<u4"
     return msgpack.packb(
         {
             "version": FORMAT_VERSION,
-            "key": example.key,
-            "task": int(example.task),
+            "key": stored.key,
+            "task": int(stored.task),
             "dtype": dtype,
-            "tokens": example.tokens_L.astype(dtype).tobytes(),
-            "spans": spans.tobytes(),
+            "tokens": stored.tokens_L.astype(dtype).tobytes(),
+            "spans": stored.spans_S6.astype("<i4").tobytes(),
             "facts": stored.facts,
         }
     )
@@ -64,21 +89,12 @@ def decode_record(data: bytes) -> StoredExample:
     try:
         fields = msgpack.unpackb(data)
         tokens_L = np.frombuffer(fields["tokens"], fields["dtype"]).astype(np.int32)
-        spans = tuple(
-            Span(start, length, _MODALITIES[modality], _ROLES[role], message, part)
-            for start, length, modality, role, message, part in np.frombuffer(fields["spans"], "<i4")
-            .reshape(-1, 6)
-            .tolist()
-        )
-        if sum(span.length for span in spans) != len(tokens_L):
+        spans_S6 = np.frombuffer(fields["spans"], "<i4").reshape(-1, 6)
+        if spans_S6[:, 1].sum() != len(tokens_L):
             raise ValueError("its spans do not cover its tokens")
-        return StoredExample(Example(tokens_L, spans, Task(fields["task"]), fields["key"]), fields["facts"])
+        return StoredExample(tokens_L, spans_S6, _TASKS[fields["task"]], fields["key"], fields["facts"])
     except (KeyError, TypeError, IndexError, ValueError, msgpack.UnpackException) as error:
         raise ValueError(f"damaged record: {error}") from error
-
-
-_MODALITIES = tuple(Modality)
-_ROLES = tuple(Role)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +113,19 @@ class ShardMarker:
     """Target tokens by task, modality and role."""
 
 
+def target_counts_MR(stored: StoredExample) -> np.ndarray:
+    """int64 number of targets (tokens but the first) by modality and role."""
+    counts_MR = np.zeros((len(Modality), len(Role)), np.int64)
+    lengths, modalities, roles = stored.spans_S6[:, 1], stored.spans_S6[:, 2], stored.spans_S6[:, 3]
+    np.add.at(counts_MR, (modalities, roles), lengths)
+    if len(stored.tokens_L):
+        first = int(np.flatnonzero(lengths)[0])
+        counts_MR[modalities[first], roles[first]] -= 1
+    return counts_MR
+
+
 def shard_name(index: int) -> str:
+    """Stem of the files of one shard."""
     return f"shard_{index:05d}"
 
 
@@ -126,12 +154,11 @@ def write_shard(
     writer = array_record_module.ArrayRecordWriter(str(data_temporary), _WRITER_OPTIONS)
     try:
         for stored in examples:
-            example = stored.example
             writer.write(encode_record(stored))
-            lengths.append(len(example.tokens_L))
-            tasks.append(int(example.task))
-            np.add.at(counts_TMR[example.task], (example.modality_L[1:], example.roles_L[1:]), 1)
-            np.add.at(unigram_V, example.tokens_L[1:], 1)
+            lengths.append(len(stored.tokens_L))
+            tasks.append(int(stored.task))
+            counts_TMR[stored.task] += target_counts_MR(stored)
+            np.add.at(unigram_V, stored.tokens_L[1:], 1)
     finally:
         writer.close()
     with index_temporary.open("wb") as file:
@@ -284,10 +311,8 @@ class TokenDataset:
             stored = decode_record(data)
         except (ValueError, RuntimeError, IndexError) as error:
             raise ValueError(f"{self.where(index)} does not read: {error}") from error
-        if len(stored.example.tokens_L) != self.lengths_N[index]:
-            raise ValueError(
-                f"{self.where(index)} has {len(stored.example.tokens_L)} tokens, not {self.lengths_N[index]}"
-            )
+        if len(stored.tokens_L) != self.lengths_N[index]:
+            raise ValueError(f"{self.where(index)} has {len(stored.tokens_L)} tokens, not {self.lengths_N[index]}")
         return stored
 
     def _reader(self, shard: int) -> Any:

@@ -64,7 +64,8 @@ class RowView:
                 f"row {row} is not there; sequence_length {sequence_length} gives rows 0..{self.rows.num_rows - 1}"
             )
         self.row, self.sequence_length = row, sequence_length
-        self.examples = [example for example in self.rows.examples(row) if example is not None]
+        self.stored = [stored for stored in self.rows.documents(row) if stored is not None]
+        self.examples = [stored.example for stored in self.stored]
         self.table_TMR = weight_table(loss, mixture.counts_TMR)
         self.bundle = bundle or _load_bundle(path / "tokenizers")
 
@@ -95,9 +96,8 @@ class RowView:
     def to_text(self) -> str:
         """The table that the command prints."""
         lines = [self.title]
-        for number, example in enumerate(self.examples, 1):
-            document = to_document(example, self.table_TMR)
-            weight = document.loss_weights_L.sum()
+        for number, (stored, example) in enumerate(zip(self.stored, self.examples, strict=True), 1):
+            weight = to_document(stored, self.table_TMR).loss_weights_L.sum()
             lines += ["", f"segment {number}  {example.task.label}  {example.key}  weight {weight:.1f}"]
             lines.append(f"  {'start':>5} {'length':>6}  {'modality':<8} {'role':<10} {'weight':>6}  content")
             for span in example.spans:

@@ -19,6 +19,7 @@ from aromni_jax.structs import Example, Image, Message, Modality, Part, Role, Sp
 from aromni_jax.tokenizers import joint
 from aromni_jax.tokenizers.prompts import load_templates
 from aromni_jax.vocab import JointVocab
+from data_pipelines.records import StoredExample, target_counts_MR
 
 _STARTS, _STRIDES = 10, 5
 _SPEECH_FRAMES = (8, 33)
@@ -131,13 +132,17 @@ class SyntheticRows:
         ]
         return Speech(codes_KU=np.stack(codes))
 
+    def documents(self, row: int) -> list[StoredExample]:
+        """The examples of row `row` in their stored form."""
+        return [StoredExample.of(example) for example in self.examples(row)]
+
     @functools.cached_property
     def counts_TMR(self) -> np.ndarray:
         """int64 target tokens by task, modality and role of the first rows, which stand for all."""
         counts_TMR = np.zeros((len(Task), len(Modality), len(Role)), np.int64)
         for row in range(_STATISTICS_ROWS):
             for example in self.examples(row):
-                np.add.at(counts_TMR[example.task], (example.modality_L[1:], example.roles_L[1:]), 1)
+                counts_TMR[example.task] += target_counts_MR(StoredExample.of(example))
         return counts_TMR
 
     @functools.cached_property

@@ -17,7 +17,8 @@ import difflib
 import numpy as np
 
 from aromni_jax.config import LossConfig
-from aromni_jax.structs import Example, Modality, Role, Task
+from aromni_jax.structs import Modality, Role, Task
+from data_pipelines.records import StoredExample
 
 _RESPONSE_WEIGHT = 2.0
 _DOUBLED_TASKS = (Task.SPEECH_TO_TEXT, Task.CAPTION)
@@ -93,23 +94,21 @@ class Document:
     task: Task
 
 
-def to_document(example: Example, table_TMR: np.ndarray) -> Document:
-    """Shifts `example` and looks its weights up; image codes of positive weight count for perceptual alignment."""
-    lengths = np.array([span.length for span in example.spans])
-    modalities = np.array([span.modality for span in example.spans])
-    roles = np.array([span.role for span in example.spans])
-    weights_L = np.repeat(table_TMR[example.task, modalities, roles], lengths)
-    is_code_L = np.zeros(len(example.tokens_L), bool)
-    for span in example.spans:
-        if span.modality == Modality.IMAGE and span.part >= 0:
-            is_code_L[span.start + 1 : span.start + span.length - 1] = (
-                True  # between the begin and the end of the image
-            )
+def to_document(stored: StoredExample, table_TMR: np.ndarray) -> Document:
+    """Shifts an example and looks its weights up; image codes of positive weight count for perceptual alignment."""
+    tokens_L = stored.tokens_L
+    lengths, modalities, roles = stored.spans_S6[:, 1], stored.spans_S6[:, 2], stored.spans_S6[:, 3]
+    weights_L = np.repeat(table_TMR[stored.task, modalities, roles], lengths)
+    is_code_L = np.zeros(len(tokens_L), bool)
+    for start, length, modality, _, _, part in stored.spans_S6.tolist():
+        if modality == Modality.IMAGE and part >= 0:
+            codes = slice(start + 1, start + length - 1)  # between the begin and the end of the image
+            is_code_L[codes] = weights_L[codes] > 0
     return Document(
-        inputs_L=example.tokens_L[:-1],
-        targets_L=example.tokens_L[1:],
+        inputs_L=tokens_L[:-1],
+        targets_L=tokens_L[1:],
         loss_weights_L=weights_L[1:],
         modality_L=np.repeat(modalities, lengths)[1:],
-        perceptual_mask_L=(is_code_L & (weights_L > 0))[1:],
-        task=example.task,
+        perceptual_mask_L=is_code_L[1:],
+        task=stored.task,
     )

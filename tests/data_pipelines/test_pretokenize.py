@@ -14,8 +14,11 @@ import pytest
 
 from aromni_jax.structs import Image, Speech
 from aromni_jax.tokenizers import joint
+from aromni_jax.tokenizers.bundle import TokenizerBundle
+from aromni_jax.tokenizers.text import ByteText
 from data_pipelines.pretokenize import pretokenize
 from data_pipelines.records import TokenDataset
+from launch.cli import main
 from launch.pretokenize import progress_line, worker_of
 from tests.fixtures.data_fakes import config_for, fake_bundle, make_dataset, slow_worker, write_corpus
 
@@ -38,7 +41,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: pathlib.Path) -> N
 
 
 def test_killed_workers_leave_nothing_wrong(tmp_path: pathlib.Path) -> None:
-    manifest = write_corpus(tmp_path / "corpus", 60)
+    manifest = write_corpus(tmp_path / "corpus", 120)
     config = config_for(manifest, records_per_shard=6, media_batch_size=2)
     assert pretokenize(config, tmp_path / "undisturbed", bundle=fake_bundle())
     context = multiprocessing.get_context("forkserver")
@@ -54,16 +57,16 @@ def test_killed_workers_leave_nothing_wrong(tmp_path: pathlib.Path) -> None:
             worker.start()
             workers.append((worker, started))
         assert all(started.wait(120) for _, started in workers)
-        time.sleep(rng.uniform(0.01, 0.4))
+        time.sleep(rng.uniform(0.01, 0.25))
         for worker, _ in workers:
             worker.kill()
             worker.join()
             num_kills += worker.exitcode == -signal.SIGKILL
-    assert num_kills >= 8
+    assert num_kills >= 10
     assert pretokenize(config, output, bundle=fake_bundle())
     assert digests(output) == digests(tmp_path / "undisturbed")
     assert not list(output.glob(".tmp-shard*"))
-    assert len(TokenDataset(output, verify=True)) == 60
+    assert len(TokenDataset(output, verify=True)) == 120
 
 
 def test_a_finished_shard_is_not_made_again(tmp_path: pathlib.Path) -> None:
@@ -157,3 +160,25 @@ def test_worker_numbers_from_flags_and_cluster_environments() -> None:
         worker_of(none, {"JOB_COMPLETION_INDEX": "7"})
     line = progress_line({"done": 4096, "total": 19_000, "seconds": 20.0, "quarantined": 3})
     assert line == "4,096 of 19,000 records, 205 records/s, 1 min 13 s left, 3 bad"
+
+
+def test_the_command_makes_a_data_set_and_shows_a_row(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    TokenizerBundle(ByteText()).save(tmp_path / "tokenizers")
+    line = {"task": "text", "messages": [{"role": "assistant", "parts": [{"text": "hello world"}]}]}
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(line | {"key": f"k{i}"}) + "\n" for i in range(9)))
+    arguments = [
+        f"--config.source={manifest}", f"--config.tokenizers={tmp_path / 'tokenizers'}", "--config.records_per_shard=4",
+        f"--output={tmp_path / 'data'}",
+    ]  # fmt: skip
+    assert main(["pretokenize", *arguments, "--shard_index=1", "--num_shards=2"]) == 0
+    assert "complete once the other workers are" in capsys.readouterr().out
+    assert main(["pretokenize", *arguments, "--shard_index=0", "--num_shards=2"]) == 0
+    assert "is complete" in capsys.readouterr().out
+    page = tmp_path / "row.html"
+    assert main(["show", f"--data={tmp_path / 'data'}", "--sequence_length=64", f"--html={page}"]) == 0
+    assert "'hello world'" in capsys.readouterr().out and "hello world" in page.read_text()
+    assert main(["pretokenize", *arguments, "--config.templates=quickstrat"]) == 1
+    assert "quickstrat" in capsys.readouterr().err
+    assert main(["show", f"--data={tmp_path}"]) == 1
+    assert "not a finished data set" in capsys.readouterr().err

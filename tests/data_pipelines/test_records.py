@@ -26,7 +26,7 @@ def stored_examples(draw: st.DrawFn) -> StoredExample:
     largest = draw(st.sampled_from([255, 65_535, 65_536, 200_000]))
     tokens_L = np.array(draw(st.lists(st.integers(0, largest), min_size=start, max_size=start)), np.int32)
     example = Example(tokens_L, tuple(spans), draw(st.sampled_from(Task)), draw(st.text(max_size=8)))
-    return StoredExample(example, {"label": draw(st.text(max_size=5)), "n": draw(st.integers(0, 9))})
+    return StoredExample.of(example, {"label": draw(st.text(max_size=5)), "n": draw(st.integers(0, 9))})
 
 
 @settings(deadline=None)
@@ -58,6 +58,10 @@ def test_reads_any_record(dataset: pathlib.Path) -> None:
     assert [len(stored.example.tokens_L) for stored in tokens] == tokens.lengths_N.tolist()
     targets = np.concatenate([stored.example.tokens_L[1:] for stored in tokens])
     np.testing.assert_array_equal(np.bincount(targets, minlength=len(tokens.unigram_V)), tokens.unigram_V)
+    counted = np.zeros_like(tokens.counts_TMR)
+    for stored in tokens:
+        np.add.at(counted[stored.task], (stored.example.modality_L[1:], stored.example.roles_L[1:]), 1)
+    np.testing.assert_array_equal(counted, tokens.counts_TMR)
     assert tokens.counts_TMR.sum() == len(targets) == tokens.unigram_V.sum()
     with pytest.raises(IndexError):
         tokens[40]

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from aromni_jax.config import LossConfig
-from aromni_jax.structs import Example, Image, Message, Modality, Role, Speech, Task, Text
+from aromni_jax.structs import Image, Message, Modality, Role, Speech, Task, Text
 from aromni_jax.tokenizers import joint
 from aromni_jax.tokenizers.prompts import load_templates
 from aromni_jax.tokenizers.text import ByteText
 from aromni_jax.vocab import JointVocab
+from data_pipelines.records import StoredExample
 from data_pipelines.weighting import UNIFORM_TMR, to_document, weight_table
 
 VOCAB = JointVocab.build(text_size=256, image_codes=16, tokens_per_image=4, speech_codes=(8,))
@@ -20,10 +21,10 @@ def loss(weighting: str, **changes: object) -> LossConfig:
     return LossConfig(weighting, 1.0, "predict", 0.0, 64, **changes)  # type: ignore[arg-type]
 
 
-def encode(task: Task, *parts: object) -> Example:
+def encode(task: Task, *parts: object) -> StoredExample:
     roles = ["user", "assistant"] if len(parts) == 2 else ["assistant"]
     messages = [Message(role, (part,)) for role, part in zip(roles, parts, strict=True)]  # type: ignore[arg-type]
-    return joint.encode(messages, task, VOCAB, ByteText(), load_templates("quickstart"))
+    return StoredExample.of(joint.encode(messages, task, VOCAB, ByteText(), load_templates("quickstart")))
 
 
 IMAGE = Image(codes_P=np.array([3, 1, 2, 0]))
@@ -63,7 +64,7 @@ def test_response_doubles_recognition_and_captions_only() -> None:
         Task.TEXT_TO_IMAGE: encode(Task.TEXT_TO_IMAGE, Text("hi"), IMAGE),
     }.items():
         document = to_document(example, table_TMR)
-        doubled = (example.roles_L[1:] == Role.RESPONSE) & (task != Task.TEXT_TO_IMAGE)
+        doubled = (example.example.roles_L[1:] == Role.RESPONSE) & (task != Task.TEXT_TO_IMAGE)
         np.testing.assert_array_equal(document.loss_weights_L, np.where(doubled, 2, 1))
 
 
@@ -88,7 +89,7 @@ def test_sft_counts_responses_and_transcripts() -> None:
     table_TMR = weight_table(loss("sft", transcript_weight=0.25), np.zeros_like(UNIFORM_TMR))
     messages = [Message("user", (Text("q"),)), Message("assistant", (Text("heard", is_transcript=True), Text("ok")))]
     example = joint.encode(messages, Task.CHAT, VOCAB, ByteText(), load_templates("quickstart"))
-    weights_L = to_document(example, table_TMR).loss_weights_L
+    weights_L = to_document(StoredExample.of(example), table_TMR).loss_weights_L
     expected = {Role.RESPONSE: 1.0, Role.TRANSCRIPT: 0.25, Role.PROMPT: 0.0, Role.CONTROL: 0.0}
     np.testing.assert_array_equal(weights_L, [expected[Role(role)] for role in example.roles_L[1:]])
     assert (weights_L == 0.25).sum() == len("heard")
