@@ -150,8 +150,10 @@ def test_bad_pictures_are_named(tmp_path):
         prepare_image(tmp_path / "none.png", 16)
     with pytest.raises(ValueError, match="at most 50 times"):
         prepare_image(np.zeros((2, 400, 3), np.uint8), 16)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="4x0 pixels"):
         prepare_image(np.zeros((0, 4, 3), np.uint8), 16)
+    with pytest.raises(ValueError, match="cannot be read"):
+        prepare_image(np.zeros((4, 4, 7), np.uint8), 16)
 
 
 @pytest.mark.parametrize("limit", [100, 200])
@@ -175,12 +177,17 @@ def test_bad_arguments(trained):
 
 def test_published_shape_has_the_published_size():
     config = vqgan.VQGANConfig(512, 1, 128, (1, 1, 2, 2, 4), 2, 256, 256, 32)
-    net = vqgan.VQGAN(config)
     pixels = jax.ShapeDtypeStruct((1, 512, 512, 3), jnp.float32)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), pixels)["params"]
-    count = {side: sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes[side])) for side in shapes}
+    shapes = jax.eval_shape(vqgan.VQGAN(config).init, jax.random.key(0), pixels)["params"]
+
+    def millions(tree):
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree)) / 1e6
+
     assert config.grid_size == 32
-    assert round(count["encoder"] / 1e6, 1) == 27.2 + 0.1 and round(count["decoder"] / 1e6, 1) == 39.3 + 0.1
+    # The published counts: encoder 27.2, decoder 39.3, and with the two 1x1 convolutions and the codebook 68.7.
+    assert round(millions(shapes["encoder"]) - millions(shapes["encoder"]["quant_conv"]), 1) == 27.2
+    assert round(millions(shapes["decoder"]) - millions(shapes["decoder"]["post_quant_conv"]), 1) == 39.3
+    assert round(millions(shapes) + 8192 * 256 / 1e6, 1) == 68.7
 
 
 def test_patches_come_back():

@@ -1,0 +1,84 @@
+"""`aromni tokenizer`: every action on every kind, through the command line's own parser."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import soundfile
+import test_bundle
+import test_image
+import test_speech
+
+from launch.cli import run
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder with text, pictures, sound, a manifest of them, and saved tokenizers."""
+    root = tmp_path_factory.mktemp("corpus")
+    for i, (picture, sound) in enumerate(zip(test_image.pictures(3), test_speech.sounds(3))):
+        PIL.Image.fromarray(picture).save(root / f"{i}.png")
+        soundfile.write(root / f"{i}.wav", sound, 4000)
+    (root / "a.txt").write_text("some words\nand more words")
+    lines = [
+        {"split": split, "messages": [{"role": "user", "parts": [{"text": f"words {i}"}, {"image": f"{i}.png"}]}]}
+        for i, split in enumerate(["train", "train", "heldout"])
+    ]
+    (root / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    bundle = test_bundle.untrained(0)
+    bundle.image.save(root / "image")
+    bundle.speech.save(root / "speech")
+    return root
+
+
+def tokenizer(*arguments) -> int:
+    return run("tokenizer", [str(argument) for argument in arguments])
+
+
+def test_text_is_trained_and_comes_back(corpus, tmp_path):
+    flags = ("--kind=text", f"--tokenizer={tmp_path / 'text'}")
+    manifest = f"--input={corpus / 'manifest.jsonl'}"
+    assert tokenizer("train", *flags, manifest, "--vocab_size=280") == 0
+    assert tokenizer("encode", *flags, f"--input={corpus / 'a.txt'}", f"--output={tmp_path / 'a.npy'}") == 0
+    assert tokenizer("decode", *flags, f"--input={tmp_path / 'a.npy'}", f"--output={tmp_path / 'b.txt'}") == 0
+    assert (tmp_path / "b.txt").read_text() == (corpus / "a.txt").read_text()
+    assert tokenizer("evaluate", *flags, manifest, f"--json={tmp_path / 'table.json'}") == 0
+    assert json.loads((tmp_path / "table.json").read_text())["round_trip"] == 1.0
+
+
+def test_pictures(corpus, tmp_path):
+    flags = ("--kind=image", f"--tokenizer={corpus / 'image'}")
+    assert tokenizer("encode", *flags, f"--input={corpus / '0.png'}", f"--output={tmp_path / 'a.npy'}") == 0
+    assert np.load(tmp_path / "a.npy").shape == (16,)
+    assert tokenizer("decode", *flags, f"--input={tmp_path / 'a.npy'}", f"--output={tmp_path / 'b.png'}") == 0
+    assert PIL.Image.open(tmp_path / "b.png").size == (16, 16)
+    table = tmp_path / "table.json"
+    split = ("--split=train", f"--json={table}")
+    assert tokenizer("evaluate", *flags, f"--input={corpus / 'manifest.jsonl'}", *split) == 0
+    assert json.loads(table.read_text())["pictures"] == 2
+
+
+def test_sound(corpus, tmp_path):
+    flags = ("--kind=speech", f"--tokenizer={corpus / 'speech'}")
+    assert tokenizer("encode", *flags, f"--input={corpus / '0.wav'}", f"--output={tmp_path / 'a.npy'}") == 0
+    assert tokenizer("decode", *flags, f"--input={tmp_path / 'a.npy'}", f"--output={tmp_path / 'b.wav'}") == 0
+    num_codes = np.load(tmp_path / "a.npy").shape[1]
+    assert soundfile.info(tmp_path / "b.wav").frames == num_codes * test_speech.HOP
+    assert tokenizer("evaluate", *flags, f"--input={corpus}", f"--json={tmp_path / 'table.json'}") == 0
+    assert json.loads((tmp_path / "table.json").read_text())["utterances"] == 3
+
+
+def test_errors_are_one_line(corpus, tmp_path, capsys):
+    flags = ("--kind=image", f"--tokenizer={corpus / 'image'}")
+    for arguments, message in (
+        (("encode", *flags, f"--input={corpus / '0.png'}"), "needs --output"),
+        (("encode", *flags, f"--input={corpus}", "--output=x"), "holds 3 files"),
+        (("evaluate", *flags, f"--input={tmp_path}"), "holds no image"),
+        (("evaluate", *flags, f"--input={tmp_path / 'none'}"), "does not exist"),
+        (("decode", *flags, f"--input={corpus / 'a.txt'}", "--output=x"), "not a .npy file"),
+    ):
+        assert tokenizer(*arguments) == 1
+        assert message in capsys.readouterr().err
