@@ -53,3 +53,11 @@ def connect(args: argparse.Namespace) -> None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if args.num_processes > 1:
         jax.distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)
+
+
+def quiet_all_but_one() -> None:
+    """Leaves the log to process 0; of the others only warnings and errors are heard."""
+    import jax
+
+    if jax.process_index() > 0:
+        logging.getLogger().setLevel(logging.WARNING)

@@ -40,6 +40,7 @@ def main(args: argparse.Namespace) -> int:
     config_dict = load_config(args)
     start_logging()
     distributed.connect(args)
+    distributed.quiet_all_but_one()
 
     from aromni_jax.config import TrainConfig, from_mapping
     from aromni_jax.train.observe import ProfilerWindow
