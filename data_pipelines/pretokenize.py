@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import socket
 import time
 from collections import Counter
@@ -122,6 +123,7 @@ class _Job:
         self.run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         self.directory.mkdir(parents=True, exist_ok=True)
         self.suffix = f"{socket.gethostname()}-{os.getpid()}"
+        self._sweep()
 
     def unit(self, index: int) -> range:
         """Record indices of shard `index`."""
@@ -145,7 +147,6 @@ class _Job:
                     "tokenizers, templates or settings differ. Choose another output directory or empty this one"
                 )
             if marker is None:
-                self._sweep(index)
                 quarantine = self._make_shard(index, allowed - bad, report)
                 marker = read_marker(self.directory, index)
                 assert marker is not None and sum(marker.quarantined.values()) == len(quarantine)
@@ -153,14 +154,21 @@ class _Job:
             done += len(self.unit(index))
             progress({"done": done, "total": total, "seconds": time.monotonic() - started, "quarantined": bad})
 
-    def _sweep(self, index: int) -> None:
-        """Removes what a killed process left of this shard; files of a live process are left alone."""
+    def _sweep(self) -> None:
+        """Removes what killed processes left behind; files of a live process, or of another host today, stay."""
         host = socket.gethostname()
-        for leftover in self.directory.glob(f".tmp-{shard_name(index)}*"):
+        for leftover in self.directory.glob(".tmp-*"):
             owner, _, process_id = leftover.name.rpartition("-")
             local_and_dead = owner.endswith(f"-{host}") and process_id.isdigit() and not _is_alive(int(process_id))
-            if local_and_dead or time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                leftover.unlink(missing_ok=True)
+            try:
+                if not local_and_dead and time.time() - leftover.stat().st_mtime < _STALE_SECONDS:
+                    continue
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink()
+            except FileNotFoundError:  # its owner has just renamed it, or another worker swept it
+                pass
 
     def _make_shard(self, index: int, allowed_bad: int, report: Callable[[float], None]) -> list[dict[str, Any]]:
         conversations, quarantine = [], []
@@ -289,17 +297,22 @@ class _Job:
                 f"{total_bad} of {len(self.source)} records are bad, more than max_bad_fraction "
                 f"{self.config.max_bad_fraction}; see the quarantine files in {self.directory}"
             )
-        write_atomically(self.directory / QUARANTINE_FILE, "".join(lines))
+        write_atomically(self.directory / QUARANTINE_FILE, "".join(lines), self.suffix)
         if not (self.directory / "tokenizers").exists():
             temporary = self.directory / f".tmp-tokenizers-{self.suffix}"
             self.bundle.save(temporary, self.vocab)
             try:
                 os.rename(temporary, self.directory / "tokenizers")
             except OSError:  # another process was first; both wrote the same files
-                pass
+                shutil.rmtree(temporary)
         device = {"device_kind": jax.devices()[0].device_kind}
         records.finalize(
-            self.directory, self.num_units, run=self.run, vocab=self.vocab, description=self.description | device
+            self.directory,
+            self.num_units,
+            run=self.run,
+            vocab=self.vocab,
+            description=self.description | device,
+            suffix=self.suffix,
         )
 
 

@@ -207,9 +207,9 @@ def read_marker(directory: pathlib.Path, index: int) -> ShardMarker | None:
         ) from error
 
 
-def write_atomically(path: pathlib.Path, text: str, suffix: str = "") -> None:
+def write_atomically(path: pathlib.Path, text: str, suffix: str) -> None:
     """Writes `text` under a temporary name, flushes it to disk and renames it to `path`."""
-    temporary = path.with_name(f".tmp-{path.name}-{suffix or os.getpid()}")
+    temporary = path.with_name(f".tmp-{path.name}-{suffix}")
     temporary.write_text(text)
     _flush_to_disk(temporary)
     os.replace(temporary, path)
@@ -328,7 +328,7 @@ class TokenDataset:
 
 
 def finalize(
-    directory: pathlib.Path, num_shards: int, *, run: str, vocab: JointVocab, description: dict[str, Any]
+    directory: pathlib.Path, num_shards: int, *, run: str, vocab: JointVocab, description: dict[str, Any], suffix: str
 ) -> dict[str, Any]:
     """Writes `dataset.json`, `vocab.json` and `unigram.npy` once every shard is finished, and returns the former.
 
@@ -346,8 +346,9 @@ def finalize(
     for marker in present:
         with np.load(directory / f"{marker.name}.npz") as index:
             unigram_V += index["unigram_V"]
-    temporary = directory / f".tmp-unigram-{os.getpid()}.npy"
-    np.save(temporary, unigram_V)
+    temporary = directory / f".tmp-unigram-{suffix}"
+    with temporary.open("wb") as file:
+        np.save(file, unigram_V)
     os.replace(temporary, directory / "unigram.npy")
     content = hashlib.sha256("".join(marker.sha256 for marker in present).encode()).hexdigest()[:16]
     dataset = {
@@ -359,8 +360,8 @@ def finalize(
         "statistics": statistics(np.sum([m.counts_TMR for m in present], axis=0), present),
         "shards": [dataclasses.asdict(marker) for marker in present],
     }
-    write_atomically(directory / VOCAB_FILE, vocab.to_json())
-    write_atomically(directory / DATASET_FILE, json.dumps(dataset, indent=1) + "\n")
+    write_atomically(directory / VOCAB_FILE, vocab.to_json(), suffix)
+    write_atomically(directory / DATASET_FILE, json.dumps(dataset, indent=1) + "\n", suffix)
     return dataset
 
 

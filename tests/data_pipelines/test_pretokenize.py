@@ -65,7 +65,7 @@ def test_killed_workers_leave_nothing_wrong(tmp_path: pathlib.Path) -> None:
     assert num_kills >= 10
     assert pretokenize(config, output, bundle=fake_bundle())
     assert digests(output) == digests(tmp_path / "undisturbed")
-    assert not list(output.glob(".tmp-shard*"))
+    assert not list(output.glob(".tmp-*"))
     assert len(TokenDataset(output, verify=True)) == 120
 
 
