@@ -1,0 +1,63 @@
+"""Requests are checked before a model is loaded, each with a line that says what to do."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from launch import generate
+
+
+def arguments(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    generate.add_arguments(parser)
+    return parser.parse_args([*argv, "--model=m", "--output=o"])
+
+
+def test_one_request_from_flags():
+    (request,) = generate.read_requests(arguments("text-to-image", "--text=a red star"))
+    assert request == generate.Request("text-to-image", text="a red star")
+
+
+def test_many_requests_from_a_file(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"task": "caption", "image": "a.png"}\n\n{"text": "seven"}\n')
+    requests = generate.read_requests(arguments("text-to-speech", f"--input={path}"))
+    assert requests == [
+        generate.Request("caption", image=str(tmp_path / "a.png")),
+        generate.Request("text-to-speech", text="seven"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ((), "give a task"),
+        (("text-to-imag", "--text=x"), "did you mean 'text-to-image'"),
+        (("text-to-image",), "text-to-image needs --text"),
+        (("caption", "--image=a.png", "--text=x"), "caption does not take --text"),
+        (("chat",), "chat needs something to answer to"),
+    ],
+)
+def test_bad_requests_are_named(argv, message):
+    with pytest.raises(ValueError, match=message):
+        generate.read_requests(arguments(*argv))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "holds no requests"),
+        ("{", "line 1 is not a request"),
+        ('{"task": "caption", "picture": "a.png"}', "line 1 is not a request"),
+        ('{"task": "caption", "image": "a.png"}\n{"task": "caption"}', "line 2: caption needs --image"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, text, message):
+    path = tmp_path / "in.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        generate.read_requests(arguments(f"--input={path}"))
+    with pytest.raises(ValueError, match="beside it"):
+        generate.read_requests(arguments(f"--input={path}", "--text=x"))
