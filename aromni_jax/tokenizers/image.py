@@ -42,33 +42,34 @@ class ImageTokenizerConfig:
 QUICKSTART = ImageTokenizerConfig(
     net=VQGANConfig(
         image_size=64,
-        patch_size=4,
-        channels=32,
-        multipliers=(1, 3),
+        patch_size=8,
+        channels=64,
+        multipliers=(1,),
         num_res_blocks=1,
         latent_channels=64,
-        code_dim=32,
+        code_dim=64,
         groups=8,
+        linear_path=True,
     ),
     num_codes=512,
     l1_weight=1.0,
     l2_weight=2.0,
     gradient_weight=0.5,
     recipe=CodecRecipe(
-        total_steps=1200,
-        batch_size=16,
-        learning_rate=2e-3,
+        total_steps=1500,
+        batch_size=8,
+        learning_rate=8e-3,
         warmup_fraction=0.03,
-        continuous_fraction=0.15,
+        continuous_fraction=0.12,
         commitment_weight=0.25,
-        codebook_decay=0.97,
+        codebook_decay=0.98,
         revive_every_steps=25,
         revive_below=0.05,
         clip_norm=1.0,
         log_every_steps=25,
     ),
 )
-"""64x64 pictures, 8x8 codes of 512: about three minutes on one CPU core."""
+"""64x64 pictures, 8x8 codes of 512: about two minutes on one CPU core."""
 
 
 class ImageTokenizer:

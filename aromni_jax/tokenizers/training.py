@@ -138,9 +138,9 @@ def train_codec(
         grads, (metrics, latents_XE, codes_X) = jax.grad(objective, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         moved = quantize.update(state.codebook, latents_XE, codes_X, recipe.codebook_decay)
-        revives = (state.step % recipe.revive_every_steps == 0) & (state.step < 0.8 * recipe.total_steps)
-        moved = jax.tree.map(
-            partial(jnp.where, revives), quantize.revive(moved, latents_XE, rng, recipe.revive_below), moved
+        revives = quantized & (state.step % recipe.revive_every_steps == 0) & (state.step < 0.8 * recipe.total_steps)
+        moved = jax.lax.cond(
+            revives, lambda: quantize.revive(moved, latents_XE, rng, recipe.revive_below), lambda: moved
         )
         codebook = jax.tree.map(partial(jnp.where, quantized), moved, state.codebook)
         return CodecState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, codebook), metrics

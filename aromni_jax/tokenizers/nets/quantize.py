@@ -54,13 +54,15 @@ def update(codebook: Codebook, latents_XE: FloatArray, codes_X: IntArray, decay:
 def revive(codebook: Codebook, latents_XE: FloatArray, rng: jax.Array, below: float) -> Codebook:
     """Gives codes used less than `below` times the average a latent of this batch to start from.
 
-    The moving averages are rewritten too; changing the embedding alone would be undone by the next update.
+    Latents far from every code are the likelier choice: most of a batch may be one flat background that needs no
+    second code. The moving averages are rewritten too; changing the embedding alone would be undone by the next update.
     """
     average = codebook.count_C.mean()
     dead_C = codebook.count_C < below * average
-    chosen_CE = latents_XE[jax.random.randint(rng, dead_C.shape, 0, latents_XE.shape[0])]
+    distance_X = _squared_distances(codebook.embedding_CE, latents_XE).min(axis=1)
+    chosen_C = jax.random.categorical(rng, jnp.log(distance_X + 1e-8), shape=dead_C.shape)
     count_C = jnp.where(dead_C, average, codebook.count_C)
-    sum_CE = jnp.where(dead_C[:, None], chosen_CE * average, codebook.sum_CE)
+    sum_CE = jnp.where(dead_C[:, None], latents_XE[chosen_C] * average, codebook.sum_CE)
     return _with_embedding(codebook.embedding_CE, sum_CE, count_C)
 
 
@@ -70,9 +72,19 @@ def kmeans_codebook(
 ) -> Codebook:
     """Codebook whose codes are the k-means centres of samples; `count_per_step`: latents per training step.
 
-    Needs at least `num_codes` samples. Centres that lose all their samples stay where they are.
+    Needs at least `num_codes` samples. The first centres are drawn in rounds, far samples first (k-means||, Bahmani et
+    al. 2012): a uniform draw would put most of them into the commonest patch. Centres that lose all samples stay.
     """
-    start_C = jax.random.choice(rng, samples_XE.shape[0], (num_codes,), replace=False)
+    num_rounds = 8
+    distance_X = jnp.sum(jnp.square(samples_XE - samples_XE.mean(axis=0)), axis=-1)
+    centres = []
+    for round_index, round_rng in enumerate(jax.random.split(rng, num_rounds)):
+        size = num_codes * (round_index + 1) // num_rounds - num_codes * round_index // num_rounds
+        noise_X = jax.random.gumbel(round_rng, distance_X.shape)
+        _, drawn = jax.lax.top_k(jnp.log(distance_X + 1e-8) + noise_X, size)
+        centres.append(samples_XE[drawn])
+        if size:
+            distance_X = jnp.minimum(distance_X, _squared_distances(centres[-1], samples_XE).min(axis=1))
 
     def iterate(centres_CE: FloatArray, _: None) -> tuple[FloatArray, FloatArray]:
         one_hot_XC = jax.nn.one_hot(nearest_codes(centres_CE, samples_XE), num_codes, dtype=jnp.float32)
@@ -80,7 +92,7 @@ def kmeans_codebook(
         mean_CE = jnp.einsum("XC,XE->CE", one_hot_XC, samples_XE) / jnp.maximum(count_C, 1)[:, None]
         return jnp.where(count_C[:, None] > 0, mean_CE, centres_CE), count_C
 
-    centres_CE, counts = jax.lax.scan(iterate, samples_XE[start_C], None, length=num_iterations)
+    centres_CE, counts = jax.lax.scan(iterate, jnp.concatenate(centres), None, length=num_iterations)
     count_C = counts[-1] * (count_per_step / samples_XE.shape[0])
     return Codebook(centres_CE, centres_CE * count_C[:, None], count_C)
 
@@ -89,6 +101,11 @@ def perplexity(codes: IntArray, num_codes: int) -> FloatArray:
     """exp of the entropy of code use: `num_codes` when all are used alike, 1 when one is."""
     share_C = jnp.bincount(codes.reshape(-1), length=num_codes) / codes.size
     return jnp.exp(-jnp.sum(share_C * jnp.log(share_C + 1e-10)))
+
+
+def _squared_distances(table_CE: FloatArray, latents_XE: FloatArray) -> FloatArray:
+    squares = jnp.sum(jnp.square(latents_XE), axis=-1)[:, None] + jnp.sum(jnp.square(table_CE), axis=-1)
+    return jnp.maximum(squares - 2 * jnp.einsum("XE,CE->XC", latents_XE, table_CE), 0.0)
 
 
 def _with_embedding(old_CE: FloatArray, sum_CE: FloatArray, count_C: FloatArray) -> Codebook:
