@@ -49,7 +49,7 @@ def connect(args: argparse.Namespace) -> None:
         raise ValueError("--coordinator_address, --num_processes and --process_id go together: give all three or none")
     if not 0 <= args.process_id < args.num_processes:
         raise ValueError(f"--process_id {args.process_id} is not one of 0..{args.num_processes - 1}")
-    if (jax.config.jax_platforms or "").startswith("cpu"):
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if args.num_processes > 1:
         jax.distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -114,8 +115,14 @@ def run_training(
     model = resolve_model(config.model, vocab.size, data.perceptual_dim)
     wanted = abstract_state(model, config, mesh, frozen)
 
-    checkpointer = Checkpointer(path, config.checkpoint)
-    try:
+    if config.eval_every_steps and evaluate is None:
+        log.warning("eval_every_steps = %d has no effect: no evaluation was given", config.eval_every_steps)
+
+    is_main = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        if is_main:
+            stack.enter_context(workdirs.locked(path))
+        checkpointer = stack.enter_context(contextlib.closing(Checkpointer(path, config.checkpoint)))
         check = _identity_check(path, resolved, vocab, batches)
         restored = checkpointer.restore_latest(wanted, check)
         if restored:
@@ -128,7 +135,6 @@ def run_training(
             state = init_state(model, config, mesh, frozen)
             if config.init_from:
                 state = _with_params_from(config.init_from, state, wanted, vocab)
-        is_main = jax.process_index() == 0
         if is_main:
             workdirs.write_text(path / workdirs.CONFIG_FILE, to_json(config))
             data.save_tokenizers(path / workdirs.TOKENIZERS)
@@ -165,8 +171,6 @@ def run_training(
             peak_flops=peak * mesh.size if peak else None,
         )
         result = loop.run(state, first_step)
-    finally:
-        checkpointer.close()
     if result.is_interrupted:
         log.info("stopped after step %d of %d; the same command goes on there", result.step, config.total_steps)
     else:

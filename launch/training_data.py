@@ -37,9 +37,15 @@ class TrainingData:
         return self.frozen["image_codebook"].shape[1] if self.frozen else 0
 
     def save_tokenizers(self, directory: pathlib.Path) -> None:
-        """Copies the tokenizers (at least the vocabulary) into the workdir, which then stands on its own; once."""
-        if (directory / VOCAB_FILE).exists():
+        """Copies the tokenizers (at least the vocabulary) into the workdir, which then stands on its own.
+
+        What is there stays when it is of the same vocabulary, and goes when it is a leftover of a run that never saved.
+        """
+        saved = directory / VOCAB_FILE
+        if saved.is_file() and saved.read_text(encoding="utf-8") == self.vocab.to_json():
             return
+        if directory.exists():
+            shutil.rmtree(directory)
         partial = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
         if self.tokenizers:
             shutil.copytree(self.tokenizers, partial)

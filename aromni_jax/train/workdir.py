@@ -7,12 +7,16 @@ A workdir holds `config.json` (resolved), `tokenizers/` (at least `vocab.json`),
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import logging
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -52,6 +56,25 @@ def prepare(workdir: str | os.PathLike[str]) -> pathlib.Path:
             f"workdir {path} cannot be written: {error.strerror}; give a folder you may write to with --workdir"
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds the folder against a second run, which would write into the same files; a killed run lets go of it.
+
+    Raises:
+      ValueError: another process trains in this folder.
+    """
+    with open(path / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is training in {path}; wait for it, or give another --workdir"
+            ) from error
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): do not start a second run in it", path, error.strerror)
+        yield
 
 
 @contextlib.contextmanager

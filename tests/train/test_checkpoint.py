@@ -317,3 +317,11 @@ def test_json_lines_are_cut_to_a_step(tmp_path):
     path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         workdirs.read_json_lines(path)
+
+
+def test_two_runs_never_share_a_workdir(tmp_path):
+    with workdirs.locked(tmp_path):
+        with pytest.raises(ValueError, match="another process is training"), workdirs.locked(tmp_path):
+            pass
+    with workdirs.locked(tmp_path):
+        pass
