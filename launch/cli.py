@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pretokenize": ("launch.pretokenize", "raw corpus to token shards; any number of processes, again after a crash"),
     "show": ("launch.show", "one packed row for a human: segments, roles, weights, text, pictures, sound"),
     "train": ("launch.train", "pretraining and SFT; the same command resumes"),
+    "plan": ("launch.plan", "compile the train step for a TPU pod that is not here: does it fit, how fast can it be"),
     "export": ("launch.export", "a Hugging Face Chameleon directory from a checkpoint"),
     "import": ("launch.import_", "a Hugging Face Chameleon directory into a checkpoint"),
     "generate": ("launch.generate", "text, pictures and speech from a trained model"),

@@ -1,0 +1,169 @@
+"""What a training run needs and how fast it can be, from the compiled train step of a machine that is not here.
+
+`jax.experimental.topologies` describes a TPU pod, libtpu compiles for it, and the executable knows its memory. FLOPs
+and traffic are counted by hand: the compiler's own cost model counts the body of a scan once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from aromni_jax import partitioning
+from aromni_jax.config import TrainConfig
+from aromni_jax.models.config import ModelConfig, attended_pairs, num_parameters, train_flops
+from aromni_jax.structs import PackedBatch
+from aromni_jax.train.metrics import peak_flops
+from aromni_jax.train.state import Frozen, abstract_state
+from aromni_jax.train.step import make_train_step
+from aromni_jax.vocab import JointVocab
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One jax device, from the vendor's pages: memory, its bandwidth, and that of the links inside a slice."""
+
+    hbm_bytes: int
+    hbm_bytes_per_second: float
+    link_bytes_per_second: float
+
+
+_GIB = 1 << 30
+CHIPS: dict[str, Chip] = {
+    "TPU v4": Chip(32 * _GIB, 1.228e12, 300e9),
+    "TPU v5 lite": Chip(16 * _GIB, 0.819e12, 200e9),
+    "TPU v5": Chip(95 * _GIB, 2.765e12, 600e9),
+    "TPU v6 lite": Chip(32 * _GIB, 1.640e12, 448e9),
+    "TPU7x": Chip(96 * _GIB, 3.690e12, 600e9),
+}
+"""By the beginning of `device_kind`; the longest matching name counts."""
+
+BETWEEN_SLICES_BYTES_PER_SECOND = 3.125e9
+"""Data-centre network per chip: 100 Gbit/s for a host of four chips, as an assumption."""
+
+
+def describe_topology(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
+    """Devices of a pod that is not here, such as "v5e:16x16".
+
+    Raises:
+      ValueError: libtpu is missing, or knows no such shape.
+    """
+    options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+    try:
+        return topologies.get_topology_desc(name, platform="tpu", **options).devices
+    except Exception as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"no TPU topology {name!r} ({cause[:200]}); known forms are v4:2x2x2, v5e:16x16, v5p:4x4x4, v6e:16x16 and "
+            "tpu7x:2x2x1, and the compiler comes with `pip install libtpu`"
+        ) from error
+
+
+def plan(
+    model: ModelConfig, train: TrainConfig, vocab: JointVocab, frozen: Frozen, devices: Sequence[jax.Device]
+) -> dict[str, Any]:
+    """Compiles the train step of a config for `devices` and reports memory and a roofline (keys: CLI contract).
+
+    `frozen` may hold `jax.ShapeDtypeStruct`s. Rows are taken as full: one document of `sequence_length` tokens each.
+
+    Raises:
+      ValueError: rows or dimensions that the mesh does not divide, or a kind of device that is not in `CHIPS`.
+    """
+    kind = devices[0].device_kind
+    names = [name for name in CHIPS if kind.startswith(name)]
+    peak = peak_flops(kind)
+    if not names or peak is None:
+        raise ValueError(f"nothing is known about {kind!r}; known kinds are {', '.join(CHIPS)}")
+    chip = CHIPS[max(names, key=len)]
+    mesh = partitioning.make_mesh(train.mesh, devices)
+    started = time.monotonic()
+    step: Any = make_train_step(model, train, mesh, vocab, frozen)
+    compiled = step.lower(abstract_state(model, train, mesh, frozen), _abstract_batch(train, mesh)).compile()
+    compile_seconds = time.monotonic() - started
+    memory = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    # Donated state is updated in place: only what is not an alias of an argument adds to the peak.
+    total = arguments + temporaries + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+    tokens = train.global_batch_size * train.sequence_length
+    flops = train_flops(model, tokens, train.global_batch_size * attended_pairs([train.sequence_length]))
+    again = 4 / 3 if model.remat == "full" else 1.0
+    seconds = {
+        "compute": flops * again / (mesh.size * peak),
+        "memory": _memory_traffic(model, train, mesh, arguments, temporaries) / chip.hbm_bytes_per_second,
+        "interconnect": _interconnect_seconds(model, train, mesh, chip),
+    }
+    bound_by = max(seconds, key=lambda name: seconds[name])
+    return {
+        "devices": mesh.size,
+        "device_kind": kind,
+        "mesh": dict(mesh.shape),
+        "num_slices": train.mesh.num_slices,
+        "global_batch_size": train.global_batch_size,
+        "sequence_length": train.sequence_length,
+        "parameters": num_parameters(model),
+        "hbm_bytes": {"arguments": arguments, "temporaries": temporaries, "peak": total},
+        "hbm_capacity_bytes": chip.hbm_bytes,
+        "fits": total <= chip.hbm_bytes,
+        "model_flops_per_step": flops,
+        "step_seconds_roofline": seconds[bound_by],
+        "roofline_seconds": seconds,
+        "bound_by": bound_by,
+        "compile_seconds": compile_seconds,
+    }
+
+
+def _abstract_batch(train: TrainConfig, mesh: Mesh) -> PackedBatch:
+    placement = partitioning.batch_sharding(mesh)
+    shape = (train.global_batch_size, train.sequence_length)
+
+    def field(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placement)
+
+    ids, flags = field(np.int32), field(np.int8)
+    return PackedBatch(ids, ids, ids, ids, field(np.float32), flags, flags, field(np.bool_))
+
+
+def _passes(model: ModelConfig) -> int:
+    """How often a weight is read for one microbatch: forward, backward, and forward again where nothing was kept."""
+    return 3 if model.remat == "full" else 2
+
+
+def _memory_traffic(model: ModelConfig, train: TrainConfig, mesh: Mesh, arguments: int, temporaries: int) -> float:
+    """Bytes a device moves to and from its memory in a step, at least: the state read and written, temporaries written
+    and read, and the weights of its tensor share read in every pass of every microbatch."""
+    weights = num_parameters(model) / mesh.shape["tensor"] * jax.numpy.dtype(model.dtype).itemsize
+    return 2.0 * (arguments + temporaries) + train.gradient_accumulation_steps * _passes(model) * weights
+
+
+def _interconnect_seconds(model: ModelConfig, train: TrainConfig, mesh: Mesh, chip: Chip) -> float:
+    """Seconds a device spends sending in a step if nothing overlaps, by the sharding rules.
+
+    fsdp: weights gathered in every pass and float32 gradients scattered, for each microbatch. data: gradients summed
+    over copies. tensor: two sums of activations per layer and pass. context: keys and values gathered.
+    """
+    data, fsdp, context, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "context", "tensor"))
+    parameters = num_parameters(model) / tensor
+    weight_bytes = jax.numpy.dtype(model.param_dtype).itemsize
+    activation_bytes = jax.numpy.dtype(model.dtype).itemsize
+    tokens = train.global_batch_size * train.sequence_length / (data * fsdp * context)
+
+    def share(ways: int) -> float:
+        return (ways - 1) / ways
+
+    micro = train.gradient_accumulation_steps
+    by_fsdp = share(fsdp) * micro * parameters * (_passes(model) * weight_bytes + 4)
+    by_data = 2 * share(data) * parameters / fsdp * 4
+    by_tensor = 2 * share(tensor) * 2 * _passes(model) * model.num_layers * tokens * model.d_model * activation_bytes
+    width = 2 * math.ceil(model.num_kv_heads / tensor) * model.head_dim
+    by_context = share(context) * context * _passes(model) * model.num_layers * tokens * width * activation_bytes
+    slow = by_data if train.mesh.num_slices > 1 else 0.0
+    fast = by_fsdp + by_tensor + by_context + (by_data - slow)
+    return fast / chip.link_bytes_per_second + slow / BETWEEN_SLICES_BYTES_PER_SECOND

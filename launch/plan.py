@@ -1,0 +1,100 @@
+"""`aromni plan`: compiles the train step for a TPU pod that is not here: does it fit, and how fast can it be?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from launch.flags import add_config_argument, load_config
+
+_CODE_WIDTH = 256
+"""Width of the image codebook of the released layout (METHOD section 4)."""
+
+_QUIET_COMPILER = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_PLATFORMS": "cpu",
+}
+"""Keeps libtpu from looking for a machine: it is wanted as a compiler only."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `aromni plan`."""
+    add_config_argument(parser)
+    parser.add_argument("--topology", required=True, metavar="NAME", help="for example v5e:16x16 or v5p:4x4x4 (chips)")
+    parser.add_argument("--num_slices", type=int, default=1, metavar="S", help="slices of that shape (default: 1)")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the plan; exit status 0 also when it does not fit."""
+    config = load_config(args)
+    if args.num_slices < 1:
+        raise ValueError(f"--num_slices={args.num_slices} must be at least 1")
+    os.environ.update(_QUIET_COMPILER)
+    result = plan_config(config, args.topology, args.num_slices)
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(describe(result))
+    return 0
+
+
+def plan_config(config_dict: Any, topology: str, num_slices: int = 1) -> dict[str, Any]:
+    """The plan of a training config on the released vocabulary layout; no data set is needed.
+
+    Raises:
+      ValueError: an unknown topology, or a config that does not fit its mesh.
+    """
+    import jax
+    import numpy as np
+
+    from aromni_jax.config import TrainConfig, from_mapping
+    from aromni_jax.models.config import resolve_model
+    from aromni_jax.train import estimate
+    from aromni_jax.vocab import JointVocab
+
+    train = from_mapping(TrainConfig, config_dict)
+    if num_slices > 1:
+        data = num_slices if train.mesh.data == 1 else train.mesh.data
+        train = dataclasses.replace(train, mesh=dataclasses.replace(train.mesh, num_slices=num_slices, data=data))
+    vocab = JointVocab.released()
+    assert vocab.image
+    is_aligned = train.loss.perceptual_weight > 0
+    codebook = jax.ShapeDtypeStruct((vocab.image.size, _CODE_WIDTH), np.float32)
+    model = resolve_model(train.model, vocab.size, _CODE_WIDTH if is_aligned else 0)
+    devices = estimate.describe_topology(topology, num_slices)
+    return estimate.plan(model, train, vocab, {"image_codebook": codebook} if is_aligned else {}, devices)
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The plan in a few lines."""
+    gib = 1 << 30
+    hbm, capacity = result["hbm_bytes"], result["hbm_capacity_bytes"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
+    seconds = result["roofline_seconds"]
+    best = result["step_seconds_roofline"]
+    rate = result["global_batch_size"] * result["sequence_length"] / best
+    return "\n".join(
+        [
+            f"{result['parameters']:,} parameters on {result['devices']} x {result['device_kind']} ({mesh})",
+            f"batch: {result['global_batch_size']} rows of {result['sequence_length']}",
+            f"memory per device: {hbm['peak'] / gib:.2f} GiB of {capacity / gib:.0f} "
+            f"({hbm['arguments'] / gib:.2f} state and batch, {hbm['temporaries'] / gib:.2f} temporaries): "
+            + ("fits" if result["fits"] else "does NOT fit"),
+            f"step at best {best:.3g} s, {rate:,.0f} tokens/s, bound by {result['bound_by']}: "
+            + ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items()),
+            f"compiled in {result['compile_seconds']:.0f} s",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    from launch.cli import run_module
+
+    run_module(__file__)
