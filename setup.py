@@ -25,6 +25,7 @@ CORE = [
     "sentencepiece>=0.2",
     "soundfile>=0.12",
     "tensorboardX>=2.6",
+    "tensorstore>=0.1.70",
 ]
 EVAL = ["jiwer>=3.0", "pystoi>=0.4"]
 HF = ["transformers>=5.0", "torch==2.13.0"]

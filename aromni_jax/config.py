@@ -152,7 +152,8 @@ class DataConfig:
     """Where rows come from.
 
     `mixture` is "synthetic", or names each pre-tokenized data set: {name: {"path": directory, "weight": share}}.
-    `weight_unit` says what a share counts. `templates` names the prompt templates the shards were made with.
+    `weight_unit` says what a share counts. `num_workers` threads read ahead (0: the caller reads), up to
+    `prefetch_batches` batches; neither changes the order.
     """
 
     mixture: str | dict[str, dict[str, Any]]

@@ -46,7 +46,7 @@ def test_the_command_answers_errors_in_one_line(capsys):
     error = capsys.readouterr().err
     assert error.startswith("aromni train: error: unknown size 'nope'") and error.count("\n") == 1
     with pytest.raises(SystemExit):
-        cli.main(["train", "--config=x", "--wrkdir=y"])
+        cli.main(["train", "--config=x", "--workdir=y", "--wrkdir=z"])
     assert "did you mean --workdir" in capsys.readouterr().err
 
 
