@@ -63,20 +63,20 @@ QUICKSTART = SpeechTokenizerConfig(
     spectral_weight=1.0,
     crop_codes=40,
     recipe=CodecRecipe(
-        total_steps=1200,
-        batch_size=16,
-        learning_rate=2e-3,
+        total_steps=1000,
+        batch_size=8,
+        learning_rate=4e-3,
         warmup_fraction=0.03,
         continuous_fraction=0.15,
         commitment_weight=0.25,
-        codebook_decay=0.97,
+        codebook_decay=0.98,
         revive_every_steps=25,
         revive_below=0.05,
         clip_norm=1.0,
         log_every_steps=25,
     ),
 )
-"""16 kHz, 50 codes a second of 1024: about three minutes on one CPU core."""
+"""16 kHz, 50 codes a second of 1024: about two and a half minutes on one CPU core."""
 
 
 class SpeechTokenizer:
@@ -213,7 +213,10 @@ def prepare_sound(sound: np.ndarray | str | Path, rate_hz: int | None, target_ra
     if rate_hz is None or rate_hz < 1:
         raise ValueError(f"{name}: sample rate {rate_hz} is not a positive number of hertz")
     if np.issubdtype(samples.dtype, np.integer):
-        samples = samples.astype(np.float64) / -float(np.iinfo(samples.dtype).min or -128)
+        # Unsigned samples, as in 8-bit WAV, are silent in the middle of their range.
+        half_range = 2.0 ** (8 * samples.dtype.itemsize - 1)
+        middle = half_range if np.issubdtype(samples.dtype, np.unsignedinteger) else 0.0
+        samples = (samples.astype(np.float64) - middle) / half_range
     if samples.ndim == 2 and samples.size:
         samples = samples.mean(axis=1)
     waveform = _checked_waveform(samples.astype(np.float64), name)
