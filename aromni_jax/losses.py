@@ -25,10 +25,10 @@ INVALID_LOGIT = -1e30
 class NextTokenSums:
     """What one pass over the targets yields.
 
-    `total` and `z_loss` are weighted by the loss weights and are what is trained: total.sum = sum of w * CE, weight = sum
-    of w. `task_modality` [tasks, modalities] is plain cross-entropy over the targets that count (w > 0), its weight their
-    number; `correct` likewise counts targets whose logit is the largest. `weight_share` [tasks, modalities] is the sum of
-    w: who owns the objective.
+    `total` and `z_loss` are weighted by the loss weights and are what is trained: total.sum is the sum of w * CE, its
+    weight the sum of w. `task_modality` [tasks, modalities] is plain cross-entropy over the targets that count (w > 0),
+    its weight their number; `correct` likewise counts targets whose logit is the largest. `weight_share`
+    [tasks, modalities] is the sum of w: who owns the objective.
     """
 
     total: WeightedSum

@@ -1,7 +1,7 @@
 """Schedules, optimizers by name, decay masks that must cover every parameter, clipping and the moving average.
 
-An optimizer here yields a direction; the step scales it by the learning rate of its own step count, so the rate is known
-before the update, can be logged, and is not hidden in optimizer state.
+An optimizer here yields a direction; the step scales it by the learning rate of its own step count, so the rate is
+known before the update, can be logged, and is not hidden in optimizer state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNDECAYED = frozenset({"embedding", "scale", "bias"})
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], jax.Array]:
     """Learning rate of a step: linear warm-up, then constant, cosine, linear, or constant with a final decay (wsd).
 
-    Step 0 already moves (rate peak / warm-up). Decays end at `final_learning_rate_fraction` of the peak on the last step.
+    Step 0 already moves (rate peak / warm-up). Decays end at `final_learning_rate_fraction` of the peak.
 
     Raises:
       ValueError: warm-up (and the decay of wsd) do not fit into the run, or wsd has no `decay_steps`.
@@ -65,7 +65,8 @@ def decay_mask(params: PyTree) -> PyTree:
         name = next(str(step.key) for step in reversed(path) if isinstance(step, jax.tree_util.DictKey))
         if name not in DECAYED | UNDECAYED:
             raise ValueError(
-                f"parameter {jax.tree_util.keystr(path)} has no weight-decay rule; add {name!r} to optim.DECAYED or UNDECAYED"
+                f"parameter {jax.tree_util.keystr(path)} has no weight-decay rule; "
+                f"add {name!r} to optim.DECAYED or UNDECAYED"
             )
         return name in DECAYED
 

@@ -73,8 +73,8 @@ def _resolve_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
         sizes[free[0]] = num_devices // fixed
     if math.prod(sizes.values()) != num_devices:
         raise ValueError(
-            f"mesh ({shown}) {'needs a multiple of' if free else 'asks for'} {fixed} devices, this run has {num_devices}; "
-            "set one axis to -1 to use whatever there is"
+            f"mesh ({shown}) {'needs a multiple of' if free else 'asks for'} {fixed} devices, "
+            f"this run has {num_devices}; set one axis to -1 to use whatever there is"
         )
     return tuple(sizes.values())
 
@@ -85,7 +85,7 @@ def logical(init: Callable[..., Any], *names: str) -> Callable[..., Any]:
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes; ValueError for an unknown name or a mesh axis used twice."""
+    """The PartitionSpec of these logical axes; ValueError for an unknown name or a mesh axis used twice."""
     parts: list[Any] = []
     taken: dict[str, str] = {}
     for name in names:
@@ -127,8 +127,8 @@ def shardings(boxed_tree: PyTree, mesh: Mesh) -> PyTree:
             ways = _num_shards(mesh, axes)
             if dim % ways:
                 raise ValueError(
-                    f"{jax.tree_util.keystr(path)}: dimension {name!r} of size {dim} cannot be split {ways} ways over mesh "
-                    f"axis {axes!r}; choose a mesh whose {axes!r} size divides {dim}"
+                    f"{jax.tree_util.keystr(path)}: dimension {name!r} of size {dim} cannot be split {ways} ways "
+                    f"over mesh axis {axes!r}; choose a mesh whose {axes!r} size divides {dim}"
                 )
         return NamedSharding(mesh, placed)
 
@@ -140,8 +140,10 @@ def _num_shards(mesh: Mesh, axes: Any) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def check_large_arrays_are_sharded(tree: PyTree, tree_shardings: PyTree, mesh: Mesh, limit_bytes: int = 1 << 26) -> None:
-    """Raises ValueError naming each array above `limit_bytes` that a mesh with parameter axes leaves whole everywhere."""
+def check_large_arrays_are_sharded(
+    tree: PyTree, tree_shardings: PyTree, mesh: Mesh, limit_bytes: int = 1 << 26
+) -> None:
+    """Raises ValueError naming each array above `limit_bytes` that a mesh with parameter axes leaves whole."""
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -151,7 +153,9 @@ def check_large_arrays_are_sharded(tree: PyTree, tree_shardings: PyTree, mesh: M
         if leaf.size * leaf.dtype.itemsize > limit_bytes and sharding.is_fully_replicated
     ]
     if whole:
-        raise ValueError(f"not sharded over mesh {dict(mesh.shape)}: {'; '.join(whole)}. Give these arrays logical axes")
+        raise ValueError(
+            f"not sharded over mesh {dict(mesh.shape)}: {'; '.join(whole)}. Give these arrays logical axes"
+        )
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -192,7 +196,8 @@ def local_rows(mesh: Mesh, global_batch_size: int) -> np.ndarray:
     ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     if global_batch_size % ways:
         raise ValueError(
-            f"global_batch_size = {global_batch_size} rows do not divide over data x fsdp = {ways}; use a multiple of {ways}"
+            f"global_batch_size = {global_batch_size} rows do not divide over data x fsdp = {ways}; "
+            f"use a multiple of {ways}"
         )
     index_map = NamedSharding(mesh, spec(("batch",))).addressable_devices_indices_map((global_batch_size,))
     rows = np.arange(global_batch_size)
@@ -210,4 +215,3 @@ def put_batch(local_batch: PyTree, mesh: Mesh) -> PyTree:
         return jax.make_array_from_process_local_data(placement, local_BL, shape)
 
     return jax.tree.map(put, local_batch)
-

@@ -60,17 +60,15 @@ class Decoder(nn.Module):
     ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Hidden states [B, L, D] after the final norm, in the compute type; with a cache, also the filled cache.
 
-        Without a cache, rows are packed: attention stays inside segments, `positions_BL` count inside them. With one, rows
-        are left-aligned single documents: a token at position p reads everything cached up to p (prefill L > 1, decode
-        L = 1), and tokens of segment 0 (padding) are not stored.
+        Without a cache, rows are packed: attention stays inside segments, `positions_BL` count inside them. With one,
+        rows are left-aligned single documents: a token at position p reads everything cached up to p (prefill L > 1,
+        decode L = 1), and tokens of segment 0 (padding) are not stored.
         """
         c = self.config
         x_BLD = jnp.take(self.embedding, tokens_BL, axis=0).astype(jnp.dtype(c.dtype))
         x_BLD = constrain(x_BLD, "batch", "length", None)
         turn = rotation(positions_BL, c.head_dim, c.rope_theta)
-        (x_BLD, filled), _ = self.layers(
-            (x_BLD, cache), jnp.arange(c.num_layers), turn, positions_BL, segment_ids_BL
-        )
+        (x_BLD, filled), _ = self.layers((x_BLD, cache), jnp.arange(c.num_layers), turn, positions_BL, segment_ids_BL)
         hidden_BLD = self.final_norm(x_BLD)
         if self.is_initializing() and c.perceptual_dim:
             self.perceptual_head(hidden_BLD)

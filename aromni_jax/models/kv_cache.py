@@ -17,7 +17,7 @@ from aromni_jax.models.config import ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """`keys` and `values` are [n, B, S, K, H] (n layers) in the compute type; `lengths_B` counts tokens read per row."""
+    """`keys` and `values` are [n, B, S, K, H] (n layers) in the compute type; `lengths_B`: tokens read per row."""
 
     keys: jax.Array
     values: jax.Array

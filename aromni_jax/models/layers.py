@@ -1,4 +1,4 @@
-"""Norms, attention block, SwiGLU and the decoder layer, in Linen. Parameters carry logical axis names (`partitioning`)."""
+"""Norms, attention block, SwiGLU and the decoder layer, in Linen; parameters carry logical axis names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attended"),
 }
-"""What a layer keeps for its backward pass: nothing, every matmul with weights, or attention's output. "none" keeps all."""
+"""What a layer keeps for its backward pass: nothing, each matmul with weights, attention's output; "none" keeps all."""
 
 
 def _fan_in(fan_in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> nn.initializers.Initializer:
@@ -107,7 +107,7 @@ class Attention(nn.Module):
 
 @jax.custom_vjp
 def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up, with gradients computed once: XLA CPU would otherwise redo them, transposed, in every matmul."""
+    """silu(gate) * up, keeping only its two inputs for the backward pass."""
     return jax.nn.silu(gate) * up
 
 
@@ -119,10 +119,29 @@ def _gated_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tup
     gate, up = saved
     share = jax.nn.sigmoid(gate)
     silu = gate * share
-    return jax.lax.optimization_barrier((d_out * up * (share + silu * (1 - share)), d_out * silu))
+    return d_out * up * (share + silu * (1 - share)), d_out * silu
 
 
 _gated.defvjp(_gated_forward, _gated_backward)
+
+
+@jax.custom_vjp
+def _linear(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
+    """x w, whose weight gradient has x on the left: XLA CPU transposes the left operand, and d_out is the wider one."""
+    return jnp.einsum("BLD,DF->BLF", x_BLD, w_DF)
+
+
+def _linear_forward(x_BLD: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _linear(x_BLD, w_DF), (x_BLD, w_DF)
+
+
+def _linear_backward(saved: tuple[jax.Array, jax.Array], d_out_BLF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BLD, w_DF = saved
+    d_x_BLD = jnp.einsum("BLF,DF->BLD", d_out_BLF, w_DF)
+    return d_x_BLD, jnp.einsum("BLD,BLF->DF", x_BLD, d_out_BLF)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 class MLP(nn.Module):
@@ -138,8 +157,8 @@ class MLP(nn.Module):
         def weight(name: str, shape: tuple[int, int], *axes: str) -> jax.Array:
             return self.param(name, logical(_fan_in((0,), (1,)), *axes), shape, param_dtype).astype(dtype)
 
-        gate_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, weight("gate", (c.d_model, c.mlp_dim), "embed", "mlp"))
-        up_BLF = jnp.einsum("BLD,DF->BLF", x_BLD, weight("up", (c.d_model, c.mlp_dim), "embed", "mlp"))
+        gate_BLF = _linear(x_BLD, weight("gate", (c.d_model, c.mlp_dim), "embed", "mlp"))
+        up_BLF = _linear(x_BLD, weight("up", (c.d_model, c.mlp_dim), "embed", "mlp"))
         inner_BLF = constrain(_gated(gate_BLF, up_BLF), "batch", "length", "mlp")
         return jnp.einsum("BLF,FD->BLD", inner_BLF, weight("down", (c.mlp_dim, c.d_model), "mlp", "embed"))
 
@@ -147,7 +166,8 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer, shaped for `nn.scan`: carries (hidden, cache), reads its layer index.
 
-    Swin-Norm is `h = x + Norm(Attn(x))`, `y = h + Norm(MLP(h))`; pre-norm is `h = x + Attn(Norm(x))`, `y = h + MLP(Norm(h))`.
+    Swin-Norm is `h = x + Norm(Attn(x))`, `y = h + Norm(MLP(h))`; pre-norm is `h = x + Attn(Norm(x))`,
+    `y = h + MLP(Norm(h))`.
     """
 
     config: ModelConfig

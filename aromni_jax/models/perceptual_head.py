@@ -11,7 +11,7 @@ from aromni_jax.partitioning import logical
 
 
 class PerceptualHead(nn.Module):
-    """W h, [..., D] -> [..., E] (paper equation 3); trained, decayed and checkpointed with the decoder it belongs to."""
+    """W h, [..., D] -> [..., E] (paper equation 3); trained, decayed and checkpointed with its decoder."""
 
     config: ModelConfig
 

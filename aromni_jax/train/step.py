@@ -23,8 +23,8 @@ from aromni_jax.train.state import Frozen, TrainState, abstract_state, state_sha
 from aromni_jax.vocab import JointVocab
 
 StepMetrics = dict[str, Any]
-"""What a step reports. WeightedSums, to be added over steps and divided by the reader: `next_token` (weighted by the loss
-weights), `z_loss`, `perceptual`, and over targets that count `modality` [3], `task` [tasks], `task_modality`
+"""What a step reports. WeightedSums, to be added over steps and divided by the reader: `next_token` (weighted by the
+loss weights), `z_loss`, `perceptual`, and over targets that count `modality` [3], `task` [tasks], `task_modality`
 [tasks, 3] (cross-entropy in nats) and `accuracy` [tasks, 3]. Sums: `weight_share` [tasks, 3] (sum of loss weights),
 `num_tokens`, `num_pairs` (real tokens and attended query-key pairs, for `train_flops`), `num_rows_tokens` (padding
 included). Scalars of a training step: `loss`, `grad_norm`, `learning_rate`, `is_finite`."""
@@ -135,7 +135,7 @@ def make_train_step(
     `skipped_steps`, and still advances `step`. The result has `.lower(abstract_state, abstract_batch)`.
 
     Raises:
-      ValueError: rows that do not divide over microbatches and devices; a perceptual loss without image codes or codebook.
+      ValueError: rows that do not divide over microbatches and devices; a perceptual loss without its codebook.
     """
     optimizer = optim.make_optimizer(train.optimizer)
     schedule = optim.make_schedule(train.optimizer, train.total_steps)
@@ -201,8 +201,8 @@ def _check(model: ModelConfig, train: TrainConfig, mesh: Mesh, vocab: JointVocab
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise ValueError(
-            f"global_batch_size {train.global_batch_size} in {train.gradient_accumulation_steps} microbatches gives {rows} "
-            f"rows each, which do not divide over data x fsdp = {ways}"
+            f"global_batch_size {train.global_batch_size} in {train.gradient_accumulation_steps} microbatches gives "
+            f"{rows} rows each, which do not divide over data x fsdp = {ways}"
         )
     if train.sequence_length % mesh.shape["context"]:
         raise ValueError(
@@ -216,6 +216,6 @@ def _check(model: ModelConfig, train: TrainConfig, mesh: Mesh, vocab: JointVocab
     wanted = (vocab.image.size, model.perceptual_dim)
     if codebook is None or tuple(codebook.shape) != wanted:
         raise ValueError(
-            f"loss.perceptual_weight = {train.loss.perceptual_weight} needs frozen['image_codebook'] of shape {wanted}, got "
-            f"{None if codebook is None else tuple(codebook.shape)}; set the weight to 0 to train without alignment"
+            f"loss.perceptual_weight = {train.loss.perceptual_weight} needs frozen['image_codebook'] {wanted}, "
+            f"got {None if codebook is None else tuple(codebook.shape)}; set the weight to 0 to train without alignment"
         )

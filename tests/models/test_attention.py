@@ -1,4 +1,4 @@
-"""Every way to compute attention equals the plain one, values and gradients, packed rows and grouped queries included."""
+"""Every way to compute attention equals the plain one, values and gradients, packed rows and GQA included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The train step: one gradient for every split and mesh, bad steps skipped, and what alignment may and may not learn."""
+"""The train step: one gradient for every split and mesh, bad steps skipped, what alignment may learn."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from aromni_jax.vocab import JointVocab
 VOCAB = JointVocab.build(text_size=100, image_codes=32, tokens_per_image=8, speech_codes=(16,))
 LENGTH = 32
 ROWS = 8
+ONE_DEVICE = MeshConfig(1, 1, 1, 1)
 
 
 def train_config(**changes) -> TrainConfig:
@@ -77,19 +78,15 @@ def random_batch(seed: int, rows: int = ROWS) -> PackedBatch:
     modality = VOCAB.modality_V[targets].astype(np.int32)
     weights = (rng.random((rows, LENGTH)) * 3 * (np.arange(rows)[:, None] % 3)).astype(np.float32) * (segments > 0)
     is_code = (targets >= VOCAB.image.start) & (targets < VOCAB.image.stop)
-    return PackedBatch(
-        inputs, targets, segments, positions, weights, modality, task, is_code & (segments > 0)
-    )
+    return PackedBatch(inputs, targets, segments, positions, weights, modality, task, is_code & (segments > 0))
 
 
-def gradients_of(batch, *, accumulation=1, mesh_config=MeshConfig(1, 1, 1, 1), num_devices=1, model=None):
+def gradients_of(batch, *, accumulation=1, mesh_config=ONE_DEVICE, num_devices=1, model=None):
     train = train_config(gradient_accumulation_steps=accumulation)
     model = model or model_config()
     mesh = partitioning.make_mesh(mesh_config, jax.devices()[:num_devices])
     state = init_state(model, train, mesh, frozen())
-    run = jax.jit(
-        partitioning.on_mesh(lambda p, f, b: loss_and_gradients(model, train, VOCAB, p, f, b), mesh)
-    )
+    run = jax.jit(partitioning.on_mesh(lambda p, f, b: loss_and_gradients(model, train, VOCAB, p, f, b), mesh))
     return jax.device_get(run(state.params, state.frozen, partitioning.put_batch(batch, mesh)))
 
 
@@ -125,7 +122,9 @@ def test_mesh_and_microbatches_together_do_not_change_gradients(reference):
     assert_same(reference, split)
 
 
-@pytest.mark.parametrize("changes", [{"remat": "full"}, {"remat": "dots"}, {"remat": "attention"}, {"scan_layers": False}])
+@pytest.mark.parametrize(
+    "changes", [{"remat": "full"}, {"remat": "dots"}, {"remat": "attention"}, {"scan_layers": False}]
+)
 def test_remat_and_unrolling_do_not_change_gradients(reference, changes):
     assert_same(reference, gradients_of(random_batch(0), model=model_config(**changes)))
 

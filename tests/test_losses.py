@@ -1,0 +1,93 @@
+"""Sums of the objective against plain formulas; padded vocabulary rows; the two readings of alignment."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aromni_jax import losses
+from aromni_jax.structs import Modality, PackedBatch, Task
+
+B, L, D, V = 2, 12, 8, 20
+VALID = np.arange(V) < 17
+
+
+def batch(seed: int = 0) -> PackedBatch:
+    rng = np.random.default_rng(seed)
+    shape = (B, L)
+    weights = (rng.random(shape) * (rng.random(shape) > 0.3)).astype(np.float32)
+    return PackedBatch(
+        rng.integers(0, 17, shape),
+        rng.integers(0, 17, shape),
+        np.ones(shape, np.int32),
+        np.arange(L)[None].repeat(B, 0),
+        weights,
+        rng.integers(0, len(Modality), shape),
+        rng.integers(0, len(Task), shape),
+        rng.random(shape) > 0.5,
+    )
+
+
+def tables():
+    rng = np.random.default_rng(1)
+    return jnp.asarray(rng.normal(size=(B, L, D)), jnp.float32), jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 10_000])
+def test_sums_equal_the_plain_formula_for_any_chunk(chunk_tokens):
+    hidden, table = tables()
+    b = batch()
+    sums = losses.next_token_loss(hidden, table, b, valid_mask_V=VALID, chunk_tokens=chunk_tokens)
+    logits = (hidden @ table.T)[..., :17]
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    loss = log_z - jnp.take_along_axis(logits, b.targets_BL[..., None], -1)[..., 0]
+    counts = b.loss_weights_BL > 0
+    np.testing.assert_allclose(sums.total.sum, (loss * b.loss_weights_BL).sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.z_loss.sum, (log_z**2 * b.loss_weights_BL).sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums.total.weight, b.loss_weights_BL.sum(), rtol=1e-6)
+    np.testing.assert_allclose(sums.correct.sum.sum(), ((logits.argmax(-1) == b.targets_BL) & counts).sum())
+    for modality in Modality:
+        chosen = counts & (b.modality_BL == modality)
+        np.testing.assert_allclose(sums.modality.sum[modality], loss[chosen].sum(), rtol=1e-5)
+        assert sums.modality.weight[modality] == chosen.sum()
+    for task in Task:
+        np.testing.assert_allclose(sums.task.sum[task], loss[counts & (b.task_BL == task)].sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_padded_vocabulary_rows_get_no_probability_and_no_gradient():
+    hidden, table = tables()
+
+    def total(table, hidden):
+        sums = losses.next_token_loss(hidden, table, batch(), valid_mask_V=VALID, chunk_tokens=8)
+        return sums.total.sum + sums.z_loss.sum
+
+    value, gradient = jax.value_and_grad(total)(table, hidden)
+    assert not np.any(np.asarray(gradient)[~VALID]) and np.all(np.any(np.asarray(gradient)[VALID], axis=1))
+    loud = table.at[~VALID].set(1e3)
+    np.testing.assert_allclose(total(loud, hidden), value, rtol=1e-6)
+
+
+def test_alignment_reads_the_worked_example_of_its_docstring():
+    start, codebook = 10, np.eye(4, dtype=np.float32)
+    inputs, targets = np.array([[3, 11, 12, 13, 4]]), np.array([[11, 12, 13, 4, 2]])
+    mask = np.array([[True, True, True, False, False]])
+    ones = np.ones((1, 5), np.int32)
+    b = PackedBatch(inputs, targets, ones, ones, ones, ones, ones, mask)
+    for mode, states in (("predict", [1, 2, 3, 0, 0]), ("official", [0, 1, 2, 3, 0])):
+        projected = jnp.asarray(codebook)[np.array([states])]
+        loss = losses.perceptual_loss(projected, b, codebook, image_start=start, mode=mode)
+        assert (float(loss.sum), float(loss.weight)) == (0.0, 3.0)
+        shifted = losses.perceptual_loss(jnp.roll(projected, 1, 1), b, codebook, image_start=start, mode=mode)
+        assert shifted.sum > 0
+
+
+def test_official_alignment_does_not_cross_a_document_border():
+    b = batch()
+    segments = np.repeat([[1, 2]], B, 0).repeat(L // 2, 1)
+    b = PackedBatch(
+        b.inputs_BL, b.targets_BL, segments, b.positions_BL, *[b.loss_weights_BL] * 3, np.ones((B, L), bool)
+    )
+    mask = losses.perceptual_mask(b, "official")
+    assert not mask[:, 0].any() and not mask[:, L // 2].any() and mask.sum() == B * (L - 2)
