@@ -293,7 +293,7 @@ def held_out_losses(
         loss, count = totals[:, :, modality].sum(1)
         if count:
             rows = (vocab.modality_V == modality) & vocab.valid_mask_V
-            lines.append(_loss_line(modality.label, loss, count) | {"chance": math.log(rows.sum())})
+            lines.append(_loss_line("modality", modality.label, loss, count) | {"chance": math.log(rows.sum())})
             if unigram_V is not None:
                 # Add-one smoothing: every row of the modality is possible.
                 probability_V = np.where(rows, unigram_V + 1.0, 0)
@@ -302,12 +302,12 @@ def held_out_losses(
     for task in Task:
         loss, count = totals[:, task].sum(1)
         if count:
-            lines.append(_loss_line(task.label, loss, count))
+            lines.append(_loss_line("task", task.label, loss, count))
     return lines
 
 
-def _loss_line(name: str, loss: float, count: float) -> dict[str, Any]:
-    return {"name": name, "loss": float(loss / count), "tokens": int(count)}
+def _loss_line(kind: str, name: str, loss: float, count: float) -> dict[str, Any]:
+    return {"kind": kind, "name": name, "loss": float(loss / count), "tokens": int(count)}
 
 
 if __name__ == "__main__":

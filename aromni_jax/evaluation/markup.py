@@ -53,7 +53,7 @@ def audio(path: pathlib.Path) -> str:
 
 
 def percent(value: float | None) -> str:
-    """`37 %`, `4.2 %`, a dash for None."""
+    """`37 %`, `4.2 %` with a space that does not break, a dash for None."""
     if value is None:
         return "–"
-    return "∞" if math.isinf(value) else f"{100 * value:.{0 if abs(value) >= 0.1 or value == 0 else 1}f} %"
+    return "∞" if math.isinf(value) else f"{100 * value:.{0 if abs(value) >= 0.1 or value == 0 else 1}f}\u00a0%"

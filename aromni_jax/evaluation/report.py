@@ -50,9 +50,9 @@ Sample = Mapping[str, Any]
 def render_report(results: Mapping[str, Any], samples_dir: pathlib.Path) -> str:
     """The page as one string.
 
-    `results` has: title, summary, scores and samples (of `runner.Results`), losses (name, loss, unigram, chance,
-    tokens), curves (modality and task: name -> [step, loss] pairs), stages (name, seconds), facts (name, value),
-    export_path, config. Only the title must be there; sections without content are left out.
+    `results` has: title, summary, scores and samples (of `runner.Results`), losses (kind, name, loss, unigram,
+    chance, tokens), curves (modality and task: name -> [step, loss] pairs), stages (name, seconds), facts (name,
+    value), export_path, config. Only the title must be there; sections without content are left out.
 
     Raises:
       FileNotFoundError: a sample's file is missing from `samples_dir`.
@@ -190,21 +190,25 @@ def _score_table(scores: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _loss_table(losses: Sequence[Mapping[str, Any]]) -> str:
-    if not losses:
-        return ""
-    rows = []
-    for line in losses:
-        unigram = line.get("unigram")
-        kind = "" if unigram is None else " good" if line["loss"] < unigram else " bad"
-        others = ["–" if line.get(name) is None else f"{line[name]:.3f}" for name in ("unigram", "chance")]
-        value = tag("td", f"{line['loss']:.3f}", css=f"number main{kind}")
-        rows.append([escape(line["name"].replace("_", " ")), value, *others, f"{line['tokens']:,}"])
-    return table(["", "model", "unigram", "uniform", "tokens"], rows, range(1, 5))
+    out = []
+    for kind, title in (("modality", "By modality"), ("task", "By task")):
+        rows = []
+        for line in (line for line in losses if line["kind"] == kind):
+            unigram = line.get("unigram")
+            colour = "" if unigram is None else " good" if line["loss"] < unigram else " bad"
+            value = tag("td", f"{line['loss']:.3f}", css=f"number main{colour}")
+            baselines = [f"{line[name]:.3f}" for name in ("unigram", "chance") if name in line]
+            rows.append([escape(line["name"].replace("_", " ")), value, *baselines, f"{line['tokens']:,}"])
+        if rows:
+            names = ["unigram", "uniform"][: len(rows[0]) - 3]
+            out += [tag("h3", title), table(["", "model", *names, "tokens"], rows, range(1, 5))]
+    return "".join(out)
 
 
 def _curves(results: Mapping[str, Any]) -> str:
     curves = results.get("curves", {})
-    baselines = {line["name"]: line["unigram"] for line in results.get("losses", []) if line.get("unigram") is not None}
+    losses = [line for line in results.get("losses", []) if line.get("unigram") is not None]
+    baselines = {line["name"]: line["unigram"] for line in losses if line["kind"] == "modality"}
     charts = []
     for kind, title in (("modality", "By modality"), ("task", "By task")):
         series = {name.replace("_", " "): points for name, points in curves.get(kind, {}).items()}

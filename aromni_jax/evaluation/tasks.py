@@ -55,6 +55,10 @@ def group_of(case: Case) -> str:
     return {"digit": "digits", "scene": "scenes"}.get(kind, "all")
 
 
+GROUPS = ("digits", "scenes", "heard voices", "voices never heard", "new colour-shape pairs", "all")
+"""Every group, in the order of the report."""
+
+
 def choose(cases: Sequence[Case], per_group: dict[Task, int]) -> list[Case]:
     """At most `per_group[task]` cases of each task and group, labels in turn; the same ones at every call."""
     by_group: dict[tuple[Task, str], dict[str, list[Case]]] = {}
@@ -62,7 +66,7 @@ def choose(cases: Sequence[Case], per_group: dict[Task, int]) -> list[Case]:
         label = str(case.facts.get("label", ""))
         by_group.setdefault((case.task, group_of(case)), {}).setdefault(label, []).append(case)
     chosen = []
-    for (task, _), by_label in sorted(by_group.items()):
+    for (task, _), by_label in sorted(by_group.items(), key=lambda entry: (entry[0][0], GROUPS.index(entry[0][1]))):
         # First one of every label, then the second of every label, ...
         turns = sorted(
             ((turn, label, case) for label, group in by_label.items() for turn, case in enumerate(group)),

@@ -41,8 +41,8 @@ def fixture_results(folder: pathlib.Path) -> dict:
             dict(task="question", group="scenes", asked="what?", truth="red", told="red", correct=True, image="a.png"),
         ],
         "losses": [
-            dict(name="text", loss=1.2, unigram=4.0, chance=6.0, tokens=1234),
-            dict(name="text_to_image", loss=2.0, tokens=10),
+            dict(kind="modality", name="text", loss=1.2, unigram=4.0, chance=6.0, tokens=1234),
+            dict(kind="task", name="text", loss=2.0, tokens=10),
         ],
         "curves": {"modality": {"text": [[1, 5.0], [100, 1.0]], "image": [[1, 6.0], [100, float("nan")]]}, "task": {}},
         "stages": [{"name": "corpus", "seconds": 12.0}],
@@ -84,7 +84,7 @@ def test_page_is_self_contained_balanced_and_escaped(tmp_path):
     assert not re.search(r"https?://|@import|url\(", page)
     assert "&lt;script&gt;seven" in page
     for shown in (
-        "62 %",
+        "62\u00a0%",
         "∞",
         "1,234",
         "/some/where",
