@@ -182,8 +182,10 @@ def _outlines(corpus: pathlib.Path, split: str) -> list[Case]:
     for conversation in (source[index] for index in range(len(source))):
         *questions, answer = conversation.messages
         if len(questions) <= 1 and answer.role == "assistant":
+            # `_with_media` turns the raw turns of those that are chosen into messages.
             question: Any = questions[0] if questions else RawMessage("user", ())
-            cases.append(Case(conversation.key, conversation.task, question, answer, conversation.facts))
+            raw_answer: Any = answer
+            cases.append(Case(conversation.key, conversation.task, question, raw_answer, conversation.facts))
     return cases
 
 
@@ -193,7 +195,7 @@ def _with_media(outlines: dict[str, Case], loaded: LoadedModel) -> dict[str, Cas
 
     from aromni_jax.structs import Image, Message, Speech, Text
 
-    turns = [turn for case in outlines.values() for turn in (case.question, case.answer)]
+    turns: list[Any] = [turn for case in outlines.values() for turn in (case.question, case.answer)]
     files: dict[str, list[pathlib.Path]] = {"image": [], "speech": []}
     for part in (part for turn in turns for part in turn.parts):
         if not isinstance(part, Text):
@@ -229,7 +231,8 @@ def _judges(corpus: pathlib.Path, loaded: LoadedModel, limit: int) -> tuple[Any,
     pictures: dict[pathlib.Path, str] = {}
     digits: dict[pathlib.Path, str] = {}
     for case in _outlines(corpus, "train"):
-        for part in (part for turn in (case.question, case.answer) for part in turn.parts):
+        parts: list[Any] = [part for turn in (case.question, case.answer) for part in turn.parts]
+        for part in parts:
             if isinstance(part, Text) or "label" not in case.facts:
                 continue
             if part.kind == "image":
@@ -278,7 +281,7 @@ def held_out_losses(
 
     @jax.jit
     def sums_of(params: Any, batch: Any) -> tuple[Any, Any]:
-        hidden = model.decoder.apply({"params": params}, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
+        hidden: Any = model.decoder.apply({"params": params}, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
         sums = next_token_loss(
             hidden, params["unembedding"], batch, valid_mask_V=vocab.valid_mask_V, chunk_tokens=1024
         ).task_modality

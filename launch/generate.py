@@ -179,7 +179,7 @@ def answer(loaded: LoadedModel, requests: list[Request], args: argparse.Namespac
         seed=args.seed,
         progress=progress,
     )
-    return [joint.parts_of(ids, vocab, bundle.text) for ids in made]
+    return [joint.parts_of(ids.tolist(), vocab, bundle.text) for ids in made]
 
 
 def _limit(task: Task, text_tokens: int, speech_tokens: int, image_tokens: int) -> int:

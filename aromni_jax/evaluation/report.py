@@ -34,7 +34,7 @@ READ_BACK = (
 RIGHT_ANSWERS = "Green answers count as right: transcripts and answers word by word, captions when they name the thing."
 SCORES = (
     "Nothing here was seen in training: other scans, scenes and utterances, and other voices and colour-shape pairs "
-    "where it says so. Chance is one in the number of labels, or the score of the answers given to other questions. "
+    "where it says so. Chance is what always the same answer would get, or the answers given to other questions. "
     "Ceiling is the judge's score on originals that only went through the tokenizer; real, its score on the originals "
     "themselves. Groups are small: a share of 40 cases is known to about ±15 points."
 )

@@ -87,7 +87,7 @@ def run_suite(suite: Suite, samples_dir: pathlib.Path, *, seed: int = 0, progres
             batch_size=suite.batch_size,
             progress=lambda done, total: report(what, done, total),
         )
-        return [joint.parts_of(answer, suite.model.vocab, suite.bundle.text) for answer in answers]
+        return [joint.parts_of(answer.tolist(), suite.model.vocab, suite.bundle.text) for answer in answers]
 
     from_text = [case for case in suite.cases if case.task in (Task.TEXT_TO_IMAGE, Task.TEXT_TO_SPEECH)]
     from_media = [case for case in suite.cases if case.task in (*TEXT_TASKS, Task.SPEECH_TO_IMAGE)]
@@ -140,13 +140,13 @@ def _judge_pictures(
     labels = [str(case.facts.get("label", "")) for case in cases]
     scores, verdicts = [], [""] * len(cases)
     if suite.picture_judge:
-        truths = [case.picture() for case in cases]
-        rebuilt = image_tokenizer.decode(np.stack([truth.codes_P for truth in truths]))
+        truths = [_true_picture(case) for case in cases]
+        rebuilt = image_tokenizer.decode(np.stack([codes for _, codes in truths]))
         verdicts = [suite.picture_judge(picture) for picture in made]
         by_source = {
             "generated": verdicts,
             "ceiling": [suite.picture_judge(picture) for picture in rebuilt],
-            "real": [suite.picture_judge(truth.pixels_HWC) for truth in truths],
+            "real": [suite.picture_judge(pixels) for pixels, _ in truths],
         }
         scores = [judged_score(labels, by_source, task.label, group, "shows what was asked")]
     samples = []
@@ -179,13 +179,13 @@ def _judge_speech(
     verdicts = [""] * len(cases)
     if suite.speech_judge and group == "digits":
         labels = [str(case.facts["label"]) for case in cases]
-        truths = [case.sound() for case in cases]
-        rebuilt = speech_tokenizer.decode([truth.codes_KU for truth in truths])
+        truths = [_true_sound(case) for case in cases]
+        rebuilt = speech_tokenizer.decode([codes for _, codes in truths])
         verdicts = [suite.speech_judge(waveform) for waveform in made]
         by_source = {
             "generated": verdicts,
             "ceiling": [suite.speech_judge(waveform) for waveform in rebuilt],
-            "real": [suite.speech_judge(truth.waveform_T) for truth in truths],
+            "real": [suite.speech_judge(waveform) for waveform, _ in truths],
         }
         scores.insert(0, judged_score(labels, by_source, task, group, "says the asked digit"))
     samples = []
@@ -216,9 +216,8 @@ def _judge_texts(
         name = f"{task.label}_{_slug(group)}_{i}"
         sample = _sample(case, group) | {"truth": case.words, "told": told[i], "correct": right(case, told[i])}
         sample["asked"] = " ".join(part.text for part in case.question.parts if isinstance(part, Text))
-        picture = case.picture()
-        if picture is not None:
-            PilImage.fromarray(picture.pixels_HWC).save(samples_dir / f"{name}.png")
+        if case.picture():
+            PilImage.fromarray(_true_picture(case)[0]).save(samples_dir / f"{name}.png")
             sample["image"] = f"{name}.png"
         if task in SPOKEN_PROMPT_TASKS:
             sample["sound"] = _write_sound(case.sound(), suite, samples_dir / f"{name}.wav")
@@ -230,6 +229,20 @@ def _sample(case: Case, group: str) -> dict[str, Any]:
     return {"task": case.task.label, "group": group, "key": case.key, "asked": case.words}
 
 
+def _true_picture(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and codes of the case's picture."""
+    picture = case.picture()
+    assert picture is not None and picture.pixels_HWC is not None and picture.codes_P is not None
+    return picture.pixels_HWC, picture.codes_P
+
+
+def _true_sound(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Waveform and codes of the case's utterance."""
+    sound = case.sound()
+    assert sound is not None and sound.waveform_T is not None and sound.codes_KU is not None
+    return sound.waveform_T, sound.codes_KU
+
+
 def _slug(text: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in text)
 
@@ -237,7 +250,7 @@ def _slug(text: str) -> str:
 def _write_sound(speech: Speech | None, suite: Suite, path: pathlib.Path) -> str:
     import soundfile
 
-    assert speech is not None and suite.bundle.speech is not None
+    assert speech is not None and speech.waveform_T is not None and suite.bundle.speech is not None
     rate_hz = speech.sample_rate_hz or suite.bundle.speech.sample_rate_hz
     soundfile.write(path, np.clip(speech.waveform_T, -1, 1), rate_hz, subtype="PCM_16")
     return path.name

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,7 @@ def share_score(
 
 def judged_score(
     labels: Sequence[str],
-    verdicts: dict[str, Sequence[str]],
+    verdicts: Mapping[str, Sequence[str]],
     task: str,
     group: str,
     metric: str,
@@ -134,7 +135,7 @@ def judged_score(
     """Share of generated media whose verdict is the asked label.
 
     `verdicts` holds those on "generated" media and, where they exist, on the same cases' originals ("real") and on what
-    the tokenizer alone makes of the originals ("ceiling"). Chance is one in the number of different labels asked for.
+    the tokenizer alone makes of the originals ("ceiling"). Chance is what the best answer that is always the same gets.
     """
 
     def share(name: str) -> float | None:
@@ -144,4 +145,5 @@ def judged_score(
 
     generated = share("generated")
     assert generated is not None
-    return Score(task, group, metric, generated, len(labels), 1 / len(set(labels)), share("ceiling"), share("real"))
+    best_constant = max(Counter(labels).values()) / len(labels)
+    return Score(task, group, metric, generated, len(labels), best_constant, share("ceiling"), share("real"))

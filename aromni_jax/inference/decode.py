@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,10 +170,16 @@ def decode_loop(
     positions_BL = jnp.broadcast_to(jnp.arange(width), prompt_BL.shape)
     segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
     cache = KVCache.create(decoder.config, num_rows, width + max_new_tokens)
-    hidden_BLD, cache = decoder.apply({"params": params}, prompt_BL, positions_BL, segments_BL, cache=cache)
+
+    def read(ids: IntArray, positions: IntArray, segments: IntArray, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        found: Any = decoder.apply({"params": params}, ids, positions, segments, cache=cache)
+        return found
 
     def logits_of(hidden_BD: jax.Array) -> jax.Array:
-        return decoder.apply({"params": params}, hidden_BD[:, None], method=Decoder.logits)[:, 0]
+        logits_B1V: Any = decoder.apply({"params": params}, hidden_BD[:, None], method=Decoder.logits)
+        return logits_B1V[:, 0]
+
+    hidden_BLD, cache = read(prompt_BL, positions_BL, segments_BL, cache)
 
     Carry = tuple[jax.Array, jax.Array, GrammarState, KVCache, jax.Array, jax.Array, jax.Array]
 
@@ -194,12 +201,8 @@ def decode_loop(
             top_k_B=tables.top_k_S[state_B],
             top_p_B=tables.top_p_S[state_B],
         )
-        hidden_B1D, cache = decoder.apply(
-            {"params": params},
-            chosen_B[:, None],
-            (lengths_B + step)[:, None],
-            jnp.ones((num_rows, 1), jnp.int32),
-            cache=cache,
+        hidden_B1D, cache = read(
+            chosen_B[:, None], (lengths_B + step)[:, None], jnp.ones((num_rows, 1), jnp.int32), cache
         )
         return (
             step + 1,

@@ -104,8 +104,7 @@ def policy_for(task: Task, *, image: Mode = RELEASED_IMAGE, text: Mode = RELEASE
     if task == Task.TEXT_TO_IMAGE:
         return Policy(start=("image",), after={"image": ("end",)}, image=image)
     if task == Task.SPEECH_TO_IMAGE:
-        after = {"transcript": ("image",), "image": ("end",)}
-        return Policy(start=("transcript", "image"), after=after, image=image)
+        return Policy(start=("transcript", "image"), after={"transcript": ("image",), "image": ("end",)}, image=image)
     if task == Task.TEXT_TO_SPEECH:
         return Policy(start=("speech",), after={"speech": ("end",)})
     if task == Task.CHAT:
