@@ -13,14 +13,17 @@ Suffixes of names, einsum subscripts and shapes all use these letters:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
 from beartype import beartype
 from jaxtyping import jaxtyped
 
-Array = jax.Array | np.ndarray
+if TYPE_CHECKING:
+    Array = Any  # numpy and jax arrays stand in for each other at every border; shapes are checked at run time
+else:
+    Array = jax.Array | np.ndarray
 IntArray = Array
 FloatArray = Array
 BoolArray = Array

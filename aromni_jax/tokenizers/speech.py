@@ -21,7 +21,7 @@ from aromni_jax.arrays import FloatArray, IntArray, PyTree
 from aromni_jax.tokenizers import storage
 from aromni_jax.tokenizers.nets import quantize, spectral
 from aromni_jax.tokenizers.nets.vocos import Vocos, VocosConfig
-from aromni_jax.tokenizers.training import CodecRecipe, Progress, train_codec
+from aromni_jax.tokenizers.training import CodecNet, CodecRecipe, Progress, train_codec
 
 _SMALLEST_BUCKET = 64
 _CODES_PER_CALL = 1024
@@ -88,7 +88,7 @@ class SpeechTokenizer:
         self.config = config
         self.params = params
         self.codebook_CE = np.asarray(codebook_CE, np.float32)
-        net = Vocos(config.net)
+        net: CodecNet = Vocos(config.net)
 
         @jax.jit
         def encode(params: PyTree, codebook_CE: FloatArray, waveform_BT: FloatArray) -> IntArray:
@@ -97,7 +97,7 @@ class SpeechTokenizer:
 
         @jax.jit
         def decode(params: PyTree, codebook_CE: FloatArray, codes_BU: IntArray, lengths_B: IntArray) -> FloatArray:
-            waveform_BT = net.apply({"params": params}, codebook_CE[codes_BU], lengths_B, method="decode")
+            waveform_BT: FloatArray = net.apply({"params": params}, codebook_CE[codes_BU], lengths_B, method="decode")
             return jnp.clip(waveform_BT, -1.0, 1.0)
 
         self._encode, self._decode = encode, decode

@@ -34,13 +34,13 @@ def _terms(
     decoder: Decoder, loss: LossConfig, vocab: JointVocab, params: PyTree, frozen: Frozen, batch: PackedBatch
 ) -> tuple[losses.NextTokenSums, WeightedSum]:
     """Next-token sums and the perceptual (sum, weight) of one microbatch."""
-    hidden_BLD = decoder.apply({"params": params}, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
+    hidden_BLD: Any = decoder.apply({"params": params}, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
     next_token = losses.next_token_loss(
         hidden_BLD, params["unembedding"], batch, valid_mask_V=vocab.valid_mask_V, chunk_tokens=loss.chunk_tokens
     )
     if vocab.image is None or not _is_aligned(decoder.config, loss):
         return next_token, WeightedSum.zero()
-    projected_BLE = decoder.apply({"params": params}, hidden_BLD, method=Decoder.project)
+    projected_BLE: Any = decoder.apply({"params": params}, hidden_BLD, method=Decoder.project)
     perceptual = losses.perceptual_loss(
         projected_BLE, batch, frozen["image_codebook"], image_start=vocab.image.start, mode=loss.perceptual_mode
     )
