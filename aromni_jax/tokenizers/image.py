@@ -20,7 +20,7 @@ from aromni_jax.arrays import FloatArray, IntArray, PyTree
 from aromni_jax.tokenizers import storage
 from aromni_jax.tokenizers.nets import quantize
 from aromni_jax.tokenizers.nets.vqgan import VQGAN, VQGANConfig
-from aromni_jax.tokenizers.training import CodecRecipe, Progress, train_codec
+from aromni_jax.tokenizers.training import CodecNet, CodecRecipe, Progress, train_codec
 
 _MAX_ASPECT_RATIO = 50
 _BATCH = 16
@@ -79,7 +79,7 @@ class ImageTokenizer:
         self.config = config
         self.params = params
         self.codebook_CE = np.asarray(codebook_CE, np.float32)
-        net = VQGAN(config.net)
+        net: CodecNet = VQGAN(config.net)
         grid, width = config.net.grid_size, config.net.code_dim
 
         @jax.jit

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +32,11 @@ _KMEANS_BATCHES = 8
 
 
 class CodecNet(Protocol):
-    """What the trainer needs of a Linen module: `encode` to latents [..., E] and `decode` from them."""
+    """A Linen module with the methods `encode` (to latents [..., E]) and `decode` (from them)."""
 
-    apply: Callable[..., Any]
-    init: Callable[..., Any]
+    def init(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class CodecState:
 
 
 def train_codec(
-    net: nn.Module,
+    net: CodecNet,
     batch_at: Callable[[np.random.Generator], np.ndarray],
     loss: Loss,
     recipe: CodecRecipe,

@@ -86,7 +86,7 @@ def kmeans_codebook(
         if size:
             distance_X = jnp.minimum(distance_X, _squared_distances(centres[-1], samples_XE).min(axis=1))
 
-    def iterate(centres_CE: FloatArray, _: None) -> tuple[FloatArray, FloatArray]:
+    def iterate(centres_CE: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         one_hot_XC = jax.nn.one_hot(nearest_codes(centres_CE, samples_XE), num_codes, dtype=jnp.float32)
         count_C = one_hot_XC.sum(axis=0)
         mean_CE = jnp.einsum("XC,XE->CE", one_hot_XC, samples_XE) / jnp.maximum(count_C, 1)[:, None]
