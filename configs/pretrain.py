@@ -1,7 +1,7 @@
 """Stage 1: pretraining on text, image and speech tokens.
 
     aromni train --config=configs/pretrain.py:debug --workdir=runs/debug                     # seconds, no data set
-    aromni train --config=configs/pretrain.py:7b,mesh=v5p-128 --workdir=/mnt/shared/7b        # a TPU pod
+    aromni train --config=configs/pretrain.py:7b,mesh=v5p-128 --workdir=/mnt/shared/7b         # a TPU pod
 
 Variants: a size (debug, 100m, 1b, 7b, 34b), then `key=value` pairs separated by commas: `mesh` (a named layout below)
 and `weighting` (uniform, response, balanced). The recipe is METHOD section 5: 480 rows, linear decay, clip 1.0. Rows
