@@ -17,7 +17,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "tiny"):
         raise ValueError(f"unknown variant {variant!r}; variants: tiny, or none")
     train = train_defaults()
-    # Four layers, unrolled, and rows just long enough for the longest documents: what two cores take furthest in six minutes.
+    # Four layers, unrolled, and rows just long enough for the longest documents: two cores get furthest with that.
     with train.ignore_type():
         train.model = dict(size="quickstart", num_layers=4, scan_layers=False)
     train.total_steps = 450
