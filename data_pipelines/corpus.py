@@ -30,7 +30,7 @@ from PIL import Image as PilImage
 from data_pipelines import espeak, scenes
 from data_pipelines.espeak import Utterance
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same (sizes, seed) would give other files."""
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -345,8 +345,10 @@ def _conversations(
     for record in digit_records:
         rng = _rng(seed, "digit text", record["name"])
         word, image = DIGIT_WORDS[int(record["facts"]["label"])], {"image": record["path"]}
-        asked, told = (_DIGIT_CAPTIONS[int(i)].format(word) for i in rng.integers(len(_DIGIT_CAPTIONS), size=2))
-        yield conversation("text_to_image", record, [{"text": asked}], [image])
+        asked, told, again = (_DIGIT_CAPTIONS[int(i)].format(word) for i in rng.integers(len(_DIGIT_CAPTIONS), size=3))
+        yield conversation("text_to_image", record, [{"text": asked}], [image], {"tag": "a"})
+        if split == "train":
+            yield conversation("text_to_image", record, [{"text": again}], [image], {"tag": "b"})
         yield conversation("caption", record, [image], [{"text": told}], {"words": word})
         question = _DIGIT_QUESTIONS[int(rng.integers(len(_DIGIT_QUESTIONS)))]
         yield conversation("question", record, [image, {"text": question}], [{"text": word}], {"words": word})

@@ -69,7 +69,8 @@ def main(args: argparse.Namespace) -> int:
 class EvaluationSizes:
     """How many held-out cases of each task and group are asked, and how many conversations the loss is taken over.
 
-    `judge_examples` bounds how many training pictures, and how many utterances, the judges learn from.
+    `judge_examples` bounds how many training pictures, and how many utterances, the judges learn from. Pictures are
+    sampled at `image_temperature`; small models need less than the released 1.0.
     """
 
     cases_per_group: dict[str, int] = dataclasses.field(
@@ -87,6 +88,7 @@ class EvaluationSizes:
     batch_size: int = 64
     speech_seconds: float = 3.0
     text_tokens: int = 40
+    image_temperature: float = 1.0
 
 
 def evaluate_model(
@@ -106,7 +108,7 @@ def evaluate_model(
     """
     from aromni_jax.evaluation.runner import Suite, run_suite
     from aromni_jax.evaluation.tasks import PICTURE_TASKS, choose
-    from aromni_jax.inference.grammar import compile_grammar, policy_for
+    from aromni_jax.inference.grammar import RELEASED_IMAGE, compile_grammar, policy_for
     from aromni_jax.structs import Task
     from aromni_jax.tokenizers import joint
 
@@ -138,11 +140,12 @@ def evaluate_model(
     if bundle.speech:
         per_second = bundle.speech.codes_per_second * len(vocab.speech)
         limits[Task.TEXT_TO_SPEECH] = round(sizes.speech_seconds * per_second) + 3
+    pictures = dataclasses.replace(RELEASED_IMAGE, temperature=sizes.image_temperature)
     suite = Suite(
         model=loaded.model,
         bundle=bundle,
         templates=loaded.templates,
-        grammar=compile_grammar(vocab, {task: policy_for(task) for task in possible}),
+        grammar=compile_grammar(vocab, {task: policy_for(task, image=pictures) for task in possible}),
         cases=[cases[case.key] for case in asked],
         picture_judge=picture_judge,
         speech_judge=speech_judge,

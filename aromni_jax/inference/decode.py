@@ -85,6 +85,7 @@ def generate(
     # Rows of like length stand together: a batch costs as much as its longest prompt and its longest answer.
     order = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i].tokens_L)))
     rows_per_call = batch_size if len(prompts) > batch_size else bucket_of(len(prompts), (1, 2, 4, 8, 16, batch_size))
+    is_guided = any(example.task in grammar.guided_tasks for example in prompts)
     # One program for the whole call: compiling another one would cost more than some padding.
     width = bucket_of(max((len(p.tokens_L) for p in prompts), default=1))
     max_new = bucket_of(max(limits, default=1))
@@ -99,6 +100,7 @@ def generate(
             row_keys(seed, [row_ids[i] for i in chosen] + [0] * (rows_per_call - len(chosen))),
             width,
             max_new,
+            is_guided,
         )
         for row, i in enumerate(chosen):
             answers[i] = tokens_BT[row, : lengths_B[row]]
@@ -115,6 +117,7 @@ def _generate_batch(
     keys_B: jax.Array,
     width: int,
     max_new_tokens: int,
+    is_guided: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pads one batch to `width` tokens and one row per key, and runs it: tokens [B, T] and each answer's length."""
     spare = len(keys_B) - len(prompts)
@@ -138,12 +141,14 @@ def _generate_batch(
         state,
         np.pad(limits_B, (0, spare)),
         keys_B,
+        bos=model.vocab.bos,
         max_new_tokens=max_new_tokens,
+        is_guided=is_guided,
     )
     return np.asarray(tokens_BT), np.asarray(steps_B)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "max_new_tokens"))
+@functools.partial(jax.jit, static_argnames=("decoder", "bos", "max_new_tokens", "is_guided"))
 def decode_loop(
     decoder: Decoder,
     params: PyTree,
@@ -154,9 +159,14 @@ def decode_loop(
     limits_B: IntArray,
     keys_B: jax.Array,
     *,
+    bos: int,
     max_new_tokens: int,
+    is_guided: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Prefills the prompts and decodes until every row is done.
+
+    With `is_guided` every row has a twin in the cache whose prompt is the beginning of sequence alone and whose answer
+    is the row's own: what the model would say unasked. It serves states with guidance other than 1.
 
     Args:
       prompt_BL: row b holds `lengths_B[b]` tokens, at least one, then padding.
@@ -167,17 +177,27 @@ def decode_loop(
     """
     num_rows, width = prompt_BL.shape
     rows_B = jnp.arange(num_rows)
+    if is_guided:
+        prompt_BL = jnp.concatenate([prompt_BL, jnp.full_like(prompt_BL, bos)])
+        lengths_B = jnp.concatenate([lengths_B, jnp.ones_like(lengths_B)])
     positions_BL = jnp.broadcast_to(jnp.arange(width), prompt_BL.shape)
     segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
-    cache = KVCache.create(decoder.config, num_rows, width + max_new_tokens)
+    cache = KVCache.create(decoder.config, len(prompt_BL), width + max_new_tokens)
 
     def read(ids: IntArray, positions: IntArray, segments: IntArray, cache: KVCache) -> tuple[jax.Array, KVCache]:
         found: Any = decoder.apply({"params": params}, ids, positions, segments, cache=cache)
         return found
 
-    def logits_of(hidden_BD: jax.Array) -> jax.Array:
+    def logits_of(hidden_BD: jax.Array, guidance_B: jax.Array) -> jax.Array:
         logits_B1V: Any = decoder.apply({"params": params}, hidden_BD[:, None], method=Decoder.logits)
-        return logits_B1V[:, 0]
+        asked_BV, unasked_BV = logits_B1V[:num_rows, 0], logits_B1V[num_rows:, 0]
+        if not is_guided:
+            return asked_BV
+        guided_BV = unasked_BV + guidance_B[:, None] * (asked_BV - unasked_BV)
+        return jnp.where(guidance_B[:, None] == 1, asked_BV, guided_BV)
+
+    def with_twins(ids_B: jax.Array) -> jax.Array:
+        return jnp.concatenate([ids_B, ids_B]) if is_guided else ids_B
 
     hidden_BLD, cache = read(prompt_BL, positions_BL, segments_BL, cache)
 
@@ -192,7 +212,8 @@ def decode_loop(
         state_B = grammar.state_B
         live_B = ~tables.done_S[state_B]
         allowed_BV = allowed_tokens(tables, grammar, limits_B - step)
-        logits_BV = repetition_penalised(logits_of(hidden_BD), seen_BV, tables.repetition_penalty_S[state_B])
+        logits_BV = logits_of(hidden_BD, tables.guidance_S[state_B])
+        logits_BV = repetition_penalised(logits_BV, seen_BV, tables.repetition_penalty_S[state_B])
         chosen_B = sample(
             logits_BV,
             allowed_BV,
@@ -202,7 +223,7 @@ def decode_loop(
             top_p_B=tables.top_p_S[state_B],
         )
         hidden_B1D, cache = read(
-            chosen_B[:, None], (lengths_B + step)[:, None], jnp.ones((num_rows, 1), jnp.int32), cache
+            with_twins(chosen_B)[:, None], (lengths_B + step)[:, None], jnp.ones((len(lengths_B), 1), jnp.int32), cache
         )
         return (
             step + 1,
@@ -216,7 +237,7 @@ def decode_loop(
 
     start = (
         jnp.int32(0),
-        hidden_BLD[rows_B, lengths_B - 1],
+        hidden_BLD[jnp.arange(len(lengths_B)), lengths_B - 1],
         grammar,
         cache,
         jnp.zeros((num_rows, tables.class_V.shape[0]), bool),

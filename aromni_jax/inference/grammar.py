@@ -34,18 +34,24 @@ NEVER = np.iinfo(np.int32).max // 2
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """How tokens are chosen in one kind of segment: temperature 0 is greedy; top_k 0, top_p 1, penalty 1 do nothing."""
+    """How tokens are chosen in one kind of segment: temperature 0 is greedy; top_k 0, top_p 1, penalty 1 do nothing.
+
+    `guidance` s takes logits u + s (f - u), with f from the whole prompt and u from the answer alone (classifier-free
+    guidance, arXiv 2207.12598; 1 does nothing).
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+        is_possible = self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1
+        if not is_possible or self.repetition_penalty <= 0 or self.guidance < 0:
             raise ValueError(
                 f"{self} is not a way to choose tokens: temperature and top_k must not be negative, top_p must lie in "
-                "(0, 1], repetition_penalty above 0"
+                "(0, 1], repetition_penalty above 0, guidance not negative"
             )
 
 
@@ -86,7 +92,7 @@ class Policy:
 
 
 RELEASED_TEXT = Mode(temperature=1.2, top_p=0.96, repetition_penalty=1.2)
-RELEASED_IMAGE = Mode(temperature=1.0, top_p=0.96)
+RELEASED_IMAGE = Mode(temperature=1.0, top_p=0.96, guidance=3.07)
 CHAT_AFTER: dict[Part, tuple[Part, ...]] = {
     "transcript": ("text", "speech", "image", "end"),
     "text": ("speech", "image", "end"),
@@ -130,6 +136,7 @@ class GrammarTables:
     top_k_S: IntArray
     top_p_S: FloatArray
     repetition_penalty_S: FloatArray
+    guidance_S: FloatArray
 
 
 @jax.tree_util.register_dataclass
@@ -143,13 +150,14 @@ class GrammarState:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grammar:
-    """Tables with the names behind their indices, and the start state and shortest answer of each task."""
+    """Tables with the names behind their indices; of each task the start state, shortest answer, need of guidance."""
 
     tables: GrammarTables
     state_names: tuple[str, ...]
     class_names: tuple[str, ...]
     start_states: Mapping[Task, int]
     shortest_answers: Mapping[Task, int]
+    guided_tasks: frozenset[Task]
 
     def start(self, tasks: list[Task]) -> GrammarState:
         """State of rows that begin to answer; ValueError for a task this grammar was compiled without."""
@@ -299,9 +307,13 @@ def compile_grammar(vocab: JointVocab, policies: Mapping[Task, Policy]) -> Gramm
         top_k_S=jnp.asarray([mode.top_k for mode in modes], jnp.int32),
         top_p_S=jnp.asarray([mode.top_p for mode in modes], jnp.float32),
         repetition_penalty_S=jnp.asarray([mode.repetition_penalty for mode in modes], jnp.float32),
+        guidance_S=jnp.asarray([mode.guidance for mode in modes], jnp.float32),
     )
     shortest = {task: int(cost_S[state]) for task, state in starts.items()}
-    return Grammar(tables, tuple(builder.states), tuple(builder.classes), starts, shortest)
+    guided = frozenset(
+        task for task, p in policies.items() if any(m.guidance != 1 for m in (p.text, p.transcript, p.speech, p.image))
+    )
+    return Grammar(tables, tuple(builder.states), tuple(builder.classes), starts, shortest, guided)
 
 
 def _tokens_to_close(next_SC, legal_SC, drawing_S, done_S, tokens_per_image) -> np.ndarray:
