@@ -27,4 +27,4 @@ mypy
 echo "== five training steps"
 aromni train --config=configs/pretrain.py:debug --config.total_steps=5 --workdir="$cache/five_steps"
 echo "== tests"
-python -m pytest -n 2 --durations=15
+python -m pytest -n 2 -v --durations=15
