@@ -114,7 +114,7 @@ class MeshConfig:
 class OptimizerConfig:
     """Optimizer and schedule. `decay_steps` is how long `wsd` decays at the end; others decay over the whole run."""
 
-    name: typing.Literal["adamw", "adafactor", "lion"]
+    name: typing.Literal["adamw", "adafactor", "lion", "muon"]
     learning_rate: float
     schedule: typing.Literal["cosine", "linear", "wsd", "constant"]
     warmup_steps: int
@@ -153,7 +153,8 @@ class DataConfig:
 
     `mixture` is "synthetic", or names each pre-tokenized data set: {name: {"path": directory, "weight": share}}.
     `weight_unit` says what a share counts. `num_workers` threads read ahead (0: the caller reads), up to
-    `prefetch_batches` batches; neither changes the order.
+    `prefetch_batches` batches; neither changes the order. `evaluation` names held-out data sets ({name: directory}),
+    of which `evaluation_examples` each (0: all) are measured every `eval_every_steps`.
     """
 
     mixture: str | dict[str, dict[str, Any]]
@@ -161,6 +162,8 @@ class DataConfig:
     num_workers: int
     prefetch_batches: int
     shuffle: bool = True
+    evaluation: dict[str, str] = dataclasses.field(default_factory=dict)
+    evaluation_examples: int = 512
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from aromni_jax.arrays import PyTree
 from aromni_jax.config import OptimizerConfig
 
 DECAYED = frozenset({"q", "k", "v", "o", "gate", "up", "down", "unembedding", "kernel"})
 UNDECAYED = frozenset({"embedding", "scale", "bias"})
+
+MUON_MATRICES: dict[str, MuonDimensionNumbers] = {
+    "q": MuonDimensionNumbers(-3, (-2, -1)),
+    "k": MuonDimensionNumbers(-3, (-2, -1)),
+    "v": MuonDimensionNumbers(-3, (-2, -1)),
+    "o": MuonDimensionNumbers((-3, -2), -1),
+    "gate": MuonDimensionNumbers(-2, -1),
+    "up": MuonDimensionNumbers(-2, -1),
+    "down": MuonDimensionNumbers(-2, -1),
+}
+"""Input and output axes of the matrices that `muon` orthogonalises; everything else it leaves to Adam."""
+_MUON_RMS = 0.2
+"""Size of a step of Muon relative to its rate, which lets both halves share one rate. Source: arXiv 2502.16982."""
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Any], jax.Array]:
@@ -61,8 +75,7 @@ def decay_mask(params: PyTree) -> PyTree:
     """
 
     def decide(path: tuple[Any, ...], _: Any) -> bool:
-        # Parameters boxed with logical names have one more step in their path, which is no dictionary key.
-        name = next(str(step.key) for step in reversed(path) if isinstance(step, jax.tree_util.DictKey))
+        name = _parameter_name(path)
         if name not in DECAYED | UNDECAYED:
             raise ValueError(
                 f"parameter {jax.tree_util.keystr(path)} has no weight-decay rule; "
@@ -73,8 +86,20 @@ def decay_mask(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(decide, params)
 
 
+def _parameter_name(path: tuple[Any, ...]) -> str:
+    # Parameters boxed with logical names have one more step in their path, which is no dictionary key.
+    return next(str(step.key) for step in reversed(path) if isinstance(step, jax.tree_util.DictKey))
+
+
+def muon_axes(params: PyTree) -> PyTree:
+    """`MUON_MATRICES` for every leaf of `params`, None for those that Adam moves."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: MUON_MATRICES.get(_parameter_name(path)), params)
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """The direction of `config.name` with decoupled weight decay, to be scaled by minus the learning rate.
+
+    `muon` orthogonalises the momentum (decay 0.95) of the layers' matrices and moves the rest by Nesterov Adam.
 
     `moment_dtype` is the type of first moments; second moments stay float32 (bfloat16 would lose their slow growth).
     """
@@ -83,6 +108,16 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         direction = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=dtype)
     elif config.name == "lion":
         direction = optax.scale_by_lion(config.b1, config.b2, mu_dtype=dtype)
+    elif config.name == "muon":
+        direction = muon(
+            learning_rate=-1.0,  # optax would flip the sign; here the step does.
+            eps=config.eps,
+            mu_dtype=dtype,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=muon_axes,
+            consistent_rms=_MUON_RMS,
+        )
     else:
         direction = optax.chain(
             optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.ema(config.b1, accumulator_dtype=dtype)

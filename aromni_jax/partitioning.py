@@ -112,14 +112,17 @@ def _is_boxed(leaf: Any) -> bool:
 def shardings(boxed_tree: PyTree, mesh: Mesh) -> PyTree:
     """A NamedSharding for every leaf of an abstract tree whose parameters are still boxed with logical names.
 
-    Optimizer moments keep the boxes of their parameters. A leaf without a box (a counter), or whose rank is not that of
-    its names (a factored moment), is copied everywhere. The result has the structure of `unbox(boxed_tree)`.
+    Optimizer moments keep the boxes of their parameters, empty ones where another optimizer moves the parameter. A leaf
+    without a box (a counter), or whose rank is not that of its names (a factored moment), is copied everywhere. The
+    result has the structure of `unbox(boxed_tree)`.
 
     Raises:
       ValueError: a dimension that its mesh axes do not divide, named with its path.
     """
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
+    def place(path: Any, leaf: Any) -> Any:
+        if _is_boxed(leaf) and not jax.tree.leaves(leaf.value):
+            return leaf.value
         if not _is_boxed(leaf) or len(leaf.names) != leaf.value.ndim:
             return NamedSharding(mesh, PartitionSpec())
         placed = spec(leaf.names)

@@ -30,7 +30,7 @@ from PIL import Image as PilImage
 from data_pipelines import espeak, scenes
 from data_pipelines.espeak import Utterance
 
-VERSION = 2
+VERSION = 3
 """Raised whenever the same (sizes, seed) would give other files."""
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

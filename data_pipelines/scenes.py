@@ -8,7 +8,6 @@ measure the tokenizer and not the decoder. Every attribute is a word, so caption
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 from PIL import Image as PilImage
@@ -23,12 +22,12 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "blue": (45, 75, 235),
     "yellow": (245, 220, 40),
     "purple": (160, 45, 205),
-    "cyan": (45, 210, 220),
 }
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (0, 0, 0), "gray": (105, 105, 105), "white": (255, 255, 255)}
-SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-SIZES_PIXELS: dict[str, tuple[int, int]] = {"small": (24, 28), "large": (36, 42)}
+SHAPES = ("circle", "square", "triangle", "ring", "cross")
+SIZES_PIXELS: dict[str, tuple[int, int]] = {"small": (29, 31), "large": (43, 45)}
 """Size word -> smallest and largest width of the shape."""
+_JITTER_PIXELS = 0.75
 PLACES: dict[str, tuple[float, float]] = {
     "left": (-1, 0),
     "right": (1, 0),
@@ -38,7 +37,7 @@ PLACES: dict[str, tuple[float, float]] = {
 }
 """Place word -> direction from the middle of the picture (x to the right, y down)."""
 
-HELD_OUT_COMBINATIONS = (("red", "star"), ("green", "ring"), ("blue", "triangle"), ("yellow", "cross"))
+HELD_OUT_COMBINATIONS = (("red", "square"), ("green", "ring"), ("blue", "triangle"), ("yellow", "cross"))
 """Colour-shape pairs that no training record shows, writes or says; their colours and shapes appear in other pairs."""
 
 _PLACE_PHRASES = {
@@ -109,7 +108,7 @@ def random_scene(rng: np.random.Generator, *, held_out: bool, index: int) -> Sce
     place = _choice(rng, tuple(PLACES))
     width = float(rng.uniform(*SIZES_PIXELS[size]))
     reach = (IMAGE_SIZE - width) / 2 - 2
-    jitter_x, jitter_y = rng.uniform(-1.5, 1.5, 2)
+    jitter_x, jitter_y = rng.uniform(-_JITTER_PIXELS, _JITTER_PIXELS, 2)
     return Scene(
         shape=shape,
         colour=colour,
@@ -145,13 +144,6 @@ def render(scene: Scene) -> np.ndarray:
         arm = radius * 0.34
         draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
         draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
-    elif scene.shape == "star":
-        points = []
-        for corner in range(10):
-            reach = radius * (1.08 if corner % 2 == 0 else 0.44)
-            angle = math.pi * corner / 5 - math.pi / 2
-            points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
-        draw.polygon(points, fill=fill)
     else:
         raise ValueError(f"unknown shape {scene.shape!r}; known shapes: {', '.join(SHAPES)}")
     return np.asarray(picture.reduce(scale))

@@ -87,7 +87,8 @@ def run_training(
 ) -> TrainResult:
     """Trains `config` in `workdir` from the newest checkpoint there, or from the beginning.
 
-    `evaluate(state, step)` runs every `config.eval_every_steps`; its numbers go to `evaluations.jsonl` and the hooks.
+    `evaluate(state, step)`, by default the losses on `data.evaluation`, runs every `config.eval_every_steps`; its
+    numbers go to `evaluations.jsonl` and the hooks.
 
     Raises:
       ValueError: the workdir cannot be written or belongs to another config, vocabulary or data set, every checkpoint
@@ -105,6 +106,7 @@ def run_training(
     from aromni_jax.train.metrics import MetricsWindow, peak_flops
     from aromni_jax.train.state import abstract_state, init_state
     from aromni_jax.train.step import make_train_step
+    from launch.heldout import HeldOutLosses
     from launch.training_data import open_data
 
     path = workdirs.prepare(workdir)
@@ -115,8 +117,13 @@ def run_training(
     model = resolve_model(config.model, vocab.size, data.perceptual_dim)
     wanted = abstract_state(model, config, mesh, frozen)
 
-    if config.eval_every_steps and evaluate is None:
-        log.warning("eval_every_steps = %d has no effect: no evaluation was given", config.eval_every_steps)
+    if evaluate is None and config.eval_every_steps:
+        if not config.data.evaluation:
+            raise ValueError(
+                f"config key 'eval_every_steps' is {config.eval_every_steps} but 'data.evaluation' names no data set; "
+                "give {name: directory} of held-out pre-tokenized data, or set eval_every_steps=0"
+            )
+        evaluate = HeldOutLosses(config, model, vocab, mesh, frozen)
 
     is_main = jax.process_index() == 0
     with contextlib.ExitStack() as stack:

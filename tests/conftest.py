@@ -1,8 +1,12 @@
-"""Eight fake CPU devices for every test, set before jax starts."""
+"""Eight fake CPU devices for every test, set before jax starts, and signals as a terminal gives them."""
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAG = "--xla_force_host_platform_device_count=8"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+
+# A shell starts background jobs with SIGINT ignored, and children inherit that: tests that interrupt would wait forever.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aromni_jax import optim
+from aromni_jax import optim, partitioning
 from aromni_jax.config import OptimizerConfig
 from aromni_jax.models.config import resolve_model
 from aromni_jax.models.decoder import Decoder
@@ -53,3 +53,31 @@ def test_clipping():
     assert norm == 5
     np.testing.assert_allclose(optim.global_norm(optim.clip_by_norm(tree, norm, 1.0)), 1.0, rtol=1e-6)
     assert optim.clip_by_norm(tree, norm, 0.0) is tree
+
+
+def test_muon_orthogonalises_the_layers_and_leaves_the_rest_to_adam():
+    ids = jnp.zeros((1, 2), jnp.int32)
+    model = resolve_model("debug", 32, 8)
+    params = partitioning.unbox(Decoder(model).init(jax.random.PRNGKey(0), ids, ids, ids)["params"])
+    keys = jax.random.split(jax.random.PRNGKey(1), len(jax.tree.leaves(params)))
+    gradients = jax.tree.map(
+        lambda p, k: jax.random.normal(k, p.shape), params, jax.tree.unflatten(jax.tree.structure(params), list(keys))
+    )
+    config = dataclasses.replace(CONFIG, weight_decay=0.0)
+    directions = {}
+    for name in ("muon", "adamw"):
+        optimizer = optim.make_optimizer(dataclasses.replace(config, name=name))
+        directions[name], _ = optimizer.update(gradients, optimizer.init(params), params)
+    layers = directions["muon"]["layers"]
+    D, heads, H = params["layers"]["attention"]["q"].shape[1:]
+    for matrix_XY in (layers["attention"]["q"][0].reshape(D, heads * H), layers["mlp"]["down"][1]):
+        values = np.linalg.svd(matrix_XY, compute_uv=False)
+        # Newton-Schulz in five steps brings singular values near 1; then the size is that of a step of Adam.
+        values /= 0.2 * max(matrix_XY.shape) ** 0.5
+        assert 0.6 < values.min() and values.max() < 1.3
+    for path in (("embedding",), ("unembedding",), ("layers", "attention_norm", "scale")):
+        ours, adam = directions["muon"], directions["adamw"]
+        for key in path:
+            ours, adam = ours[key], adam[key]
+        # Nesterov's first step is that of Adam up to a factor.
+        np.testing.assert_allclose(ours / adam, jnp.mean(ours / adam), rtol=1e-3)

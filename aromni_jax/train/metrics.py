@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,14 @@ class MetricsWindow:
             self._add(f"{name}.sum", value.sum)
             self._add(f"{name}.weight", value.weight)
         return True
+
+    @classmethod
+    def of_evaluation(cls, batches: Iterable[dict[str, Any]], loss: LossConfig) -> dict[str, Any]:
+        """Losses, weight shares and accuracies (the keys of `line`) over what `make_eval_step` reported, batch by batch."""
+        window = cls()
+        for metrics in batches:
+            window.add(metrics | {"is_finite": True, "learning_rate": 0.0, "grad_norm": 0.0})
+        return window._losses(loss)
 
     def line(self, step: int, loss: LossConfig) -> dict[str, Any]:
         """The deterministic part of a line, and the start of the next window.

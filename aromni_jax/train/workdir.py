@@ -33,6 +33,8 @@ MAY_CHANGE = (
     "checkpoint",
     "data.num_workers",
     "data.prefetch_batches",
+    "data.evaluation",
+    "data.evaluation_examples",
     "loss.chunk_tokens",
     "model.remat",
     "model.attention",

@@ -222,7 +222,7 @@ def test_eval_step_agrees_with_the_metrics_of_training():
     assert_same(jax.device_get(evaluated), {k: v for k, v in jax.device_get(trained).items() if k in evaluated})
 
 
-@pytest.mark.parametrize("name", ["lion", "adafactor"])
+@pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
 def test_other_optimizers_train_sharded(name):
     optimizer = dataclasses.replace(train_config().optimizer, name=name, learning_rate=1e-3, ema_decay=0.0)
     train, model = train_config(optimizer=optimizer), model_config()
