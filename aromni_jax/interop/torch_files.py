@@ -21,6 +21,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+SUFFIXES = (".ckpt", ".pt", ".pth", ".th", ".bin")
+"""What torch files are called."""
+
 _STORAGES: dict[str, np.dtype] = {
     "torch.DoubleStorage": np.dtype("<f8"),
     "torch.FloatStorage": np.dtype("<f4"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,21 @@ from aromni_jax.arrays import FloatArray, IntArray, PyTree
 from aromni_jax.tokenizers import storage
 from aromni_jax.tokenizers.nets import quantize
 from aromni_jax.tokenizers.nets.vqgan import VQGAN, VQGANConfig
+from aromni_jax.tokenizers.pictures import prepare_image
 from aromni_jax.tokenizers.training import CodecNet, CodecRecipe, Progress, train_codec
 
-_MAX_ASPECT_RATIO = 50
-_BATCH = 16
-"""Pictures per compiled call. One shape for any number of pictures: no result can depend on what stands beside it."""
+_PIXELS_PER_CALL = 16 * 64 * 64
+"""A compiled call holds up to 16 pictures, fewer when they are large. The number depends on the size of a picture and
+on nothing else, so no result can depend on what stands beside it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTokenizerConfig:
-    """Net, codebook size, and how it is trained; `gradient_weight` is on differences between neighbouring pixels."""
+    """Net, codebook size, and how it is trained; `gradient_weight` is on differences between neighbouring pixels.
+
+    `normalize_latents` is what training here does; the published nets compare raw latents with their codes.
+    `encoder_only` is a published net whose decoder is kept elsewhere: it makes codes, and pictures of none.
+    """
 
     net: VQGANConfig
     num_codes: int
@@ -37,6 +41,8 @@ class ImageTokenizerConfig:
     l2_weight: float
     gradient_weight: float
     recipe: CodecRecipe
+    normalize_latents: bool = True
+    encoder_only: bool = False
 
 
 QUICKSTART = ImageTokenizerConfig(
@@ -71,6 +77,38 @@ QUICKSTART = ImageTokenizerConfig(
 )
 """64x64 pictures, 8x8 codes of 512: about two minutes on one CPU core."""
 
+CHAMELEON = ImageTokenizerConfig(
+    net=VQGANConfig(
+        image_size=512,
+        patch_size=1,
+        channels=128,
+        multipliers=(1, 1, 2, 2, 4),
+        num_res_blocks=2,
+        latent_channels=256,
+        code_dim=256,
+        groups=32,
+    ),
+    num_codes=8192,
+    l1_weight=1.0,
+    l2_weight=0.0,
+    gradient_weight=0.5,
+    normalize_latents=False,
+    recipe=CodecRecipe(
+        total_steps=1_000_000,
+        batch_size=16,
+        learning_rate=7e-5,
+        warmup_fraction=0.005,
+        continuous_fraction=0.0,
+        commitment_weight=0.25,
+        codebook_decay=0.99,
+        revive_every_steps=500,
+        revive_below=0.05,
+        clip_norm=1.0,
+        log_every_steps=100,
+    ),
+)
+"""The published shape: 512x512 pictures, 32x32 codes of 8192, 68.7 million values. Its recipe was not run here."""
+
 
 class ImageTokenizer:
     """Pictures to codes and back, in batches of any size."""
@@ -81,11 +119,16 @@ class ImageTokenizer:
         self.codebook_CE = np.asarray(codebook_CE, np.float32)
         net: CodecNet = VQGAN(config.net)
         grid, width = config.net.grid_size, config.net.code_dim
+        self._batch = min(16, max(1, _PIXELS_PER_CALL // config.net.image_size**2))
 
         @jax.jit
         def encode(params: PyTree, codebook_CE: FloatArray, pixels_BHWC: IntArray) -> IntArray:
-            latents = net.apply({"params": params}, _to_unit(pixels_BHWC), method="encode")
-            return quantize.nearest_codes(codebook_CE, quantize.normalize(latents)).reshape(len(pixels_BHWC), -1)
+            # Codes made on one kind of device are read on another: no reduced precision, which some have by default.
+            with jax.default_matmul_precision("highest"):
+                latents = net.apply({"params": params}, _to_unit(pixels_BHWC), method="encode")
+                if config.normalize_latents:
+                    latents = quantize.normalize(latents)
+                return quantize.nearest_codes(codebook_CE, latents).reshape(len(pixels_BHWC), -1)
 
         @jax.jit
         def decode(params: PyTree, codebook_CE: FloatArray, codes_BP: IntArray) -> IntArray:
@@ -115,11 +158,16 @@ class ImageTokenizer:
     def encode(self, pixels_BHWC: np.ndarray) -> np.ndarray:
         """uint8 pictures [B, image_size, image_size, 3] to int32 codes [B, P]; ValueError for another shape or type."""
         pixels_BHWC = _checked_pixels(pixels_BHWC, self.image_size)
-        codes = [np.asarray(self._encode(self.params, self.codebook_CE, part)) for part in _batches(pixels_BHWC)]
+        codes = [np.asarray(self._encode(self.params, self.codebook_CE, part)) for part in self._batches(pixels_BHWC)]
         return np.concatenate([np.zeros((0, self.tokens_per_image), np.int32), *codes])[: len(pixels_BHWC)]
 
     def decode(self, codes_BP: np.ndarray) -> np.ndarray:
         """int codes [B, P] to uint8 pictures [B, image_size, image_size, 3]; ValueError for codes out of range."""
+        if self.config.encoder_only:
+            raise ValueError(
+                "this image tokenizer has no decoder (transformers' files of Chameleon leave it out); import the "
+                "release's vqgan.ckpt, which has both"
+            )
         codes_BP = np.asarray(codes_BP, np.int32)
         if codes_BP.ndim != 2 or codes_BP.shape[1] != self.tokens_per_image:
             raise ValueError(f"image codes have shape {codes_BP.shape}, expected [batch, {self.tokens_per_image}]")
@@ -127,7 +175,7 @@ class ImageTokenizer:
             raise ValueError(
                 f"image codes must lie in 0..{self.num_codes - 1}, found {codes_BP.min()}..{codes_BP.max()}"
             )
-        pixels = [np.asarray(self._decode(self.params, self.codebook_CE, part)) for part in _batches(codes_BP)]
+        pixels = [np.asarray(self._decode(self.params, self.codebook_CE, part)) for part in self._batches(codes_BP)]
         empty = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
         return np.concatenate([empty, *pixels])[: len(codes_BP)]
 
@@ -146,53 +194,27 @@ class ImageTokenizer:
         """Inverse of `save`; ValueError naming the file and the tensor when they do not fit."""
         values = storage.read_json(Path(directory) / "config.json")
         cfg = config_lib.from_mapping(ImageTokenizerConfig, values)
-        net = VQGAN(cfg.net)
-        pixels = jax.ShapeDtypeStruct((1, cfg.net.image_size, cfg.net.image_size, 3), jnp.float32)
-        like = {
-            "params": jax.eval_shape(net.init, jax.random.key(0), pixels)["params"],
-            "codebook_CE": jax.ShapeDtypeStruct((cfg.num_codes, cfg.net.code_dim), jnp.float32),
-        }
         path = Path(directory) / "params.safetensors"
-        tree = storage.load_tree(path, like, identity=_net_description(cfg))
+        tree = storage.load_tree(path, abstract_tree(cfg), identity=_net_description(cfg))
         return cls(cfg, tree["params"], np.asarray(tree["codebook_CE"]))
 
     def _tree(self) -> Mapping[str, Any]:
         return {"params": self.params, "codebook_CE": self.codebook_CE}
 
+    def _batches(self, items: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, len(items), self._batch):
+            part = items[start : start + self._batch]
+            yield np.pad(part, [(0, self._batch - len(part)), *[(0, 0)] * (items.ndim - 1)])
 
-def prepare_image(image: PIL.Image.Image | np.ndarray | str | Path, size: int) -> np.ndarray:
-    """A picture as uint8 [size, size, 3]: alpha on white, short side to `size` (LANCZOS), centre crop.
 
-    The rules of Chameleon's tokenizer. 16-bit pictures keep their upper 8 bits; of an animation the first frame counts.
-
-    Raises:
-      ValueError: not a picture, damaged, too large to open safely, or more than 50 times longer than wide.
-    """
-    name = str(image) if isinstance(image, (str, Path)) else "image"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            if isinstance(image, (str, Path)):
-                with PIL.Image.open(image) as opened:
-                    picture = _to_rgb(opened)
-            else:
-                picture = _to_rgb(PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, TypeError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
-    except PIL.Image.DecompressionBombWarning as error:
-        raise ValueError(f"{name} is too large to open safely: {error}; shrink it first") from error
-    width, height = picture.size
-    short = min(width, height)
-    if short == 0 or max(width, height) > _MAX_ASPECT_RATIO * short:
-        raise ValueError(
-            f"{name} is {width}x{height} pixels; one side may be at most {_MAX_ASPECT_RATIO} times the other"
-        )
-    resized = (round(width * size / short), round(height * size / short))
-    picture = picture.resize(resized, PIL.Image.Resampling.LANCZOS)
-    left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
-    return np.array(picture.crop((left, top, left + size, top + size)), np.uint8)
+def abstract_tree(config: ImageTokenizerConfig) -> dict[str, Any]:
+    """{"params", "codebook_CE"} of a tokenizer as ShapeDtypeStructs; of a missing decoder only `post_quant_conv`."""
+    pixels = jax.ShapeDtypeStruct((1, config.net.image_size, config.net.image_size, 3), jnp.float32)
+    params = jax.eval_shape(VQGAN(config.net).init, jax.random.key(0), pixels)["params"]
+    if config.encoder_only:
+        params = {**params, "decoder": {"post_quant_conv": params["decoder"]["post_quant_conv"]}}
+    codebook_CE = jax.ShapeDtypeStruct((config.num_codes, config.net.code_dim), jnp.float32)
+    return {"params": params, "codebook_CE": codebook_CE}
 
 
 def train_image_tokenizer(
@@ -230,7 +252,7 @@ def train_image_tokenizer(
         return total + config.gradient_weight * gradient, {"psnr": psnr}
 
     data = hashlib.sha256(np.ascontiguousarray(pixels_NHWC).tobytes()).hexdigest()[:16]
-    identity = json.dumps({"config": dataclasses.asdict(config), "seed": seed, "pictures": data}, sort_keys=True)
+    identity = json.dumps({"config": storage.describe(config), "seed": seed, "pictures": data}, sort_keys=True)
     params, codebook_CE = train_codec(
         VQGAN(config.net),
         batch_at,
@@ -247,18 +269,12 @@ def train_image_tokenizer(
 
 
 def _net_description(config: ImageTokenizerConfig) -> str:
-    return json.dumps({"net": dataclasses.asdict(config.net), "num_codes": config.num_codes}, sort_keys=True)
-
-
-def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    if picture.mode.startswith("I;16"):
-        picture = PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"pixel format {picture.mode!r} has no defined range; convert it to 8 or 16 bits")
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+    description = {"net": storage.describe(config.net), "num_codes": config.num_codes}
+    if not config.normalize_latents:
+        description |= {"normalize_latents": False}
+    if config.encoder_only:
+        description |= {"encoder_only": True}
+    return json.dumps(description, sort_keys=True)
 
 
 def _to_unit(pixels: IntArray) -> FloatArray:
@@ -276,9 +292,3 @@ def _checked_pixels(pixels: np.ndarray, size: int) -> np.ndarray:
             f"pictures are {pixels.dtype}{list(pixels.shape)}, expected uint8[N, {size}, {size}, 3]: use prepare"
         )
     return pixels
-
-
-def _batches(items: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(items), _BATCH):
-        part = items[start : start + _BATCH]
-        yield np.pad(part, [(0, _BATCH - len(part)), *[(0, 0)] * (items.ndim - 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -76,6 +77,19 @@ def fingerprint(tree: PyTree, description: str) -> str:
         digest.update(f"{name} {value.dtype} {value.shape}".encode())
         digest.update(value.tobytes())
     return digest.hexdigest()
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults, nested ones too.
+
+    What is saved under such a description stays readable when a field is added whose default changes nothing.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.default is dataclasses.MISSING or value != field.default:
+            values[field.name] = describe(value) if dataclasses.is_dataclass(value) else value
+    return values
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

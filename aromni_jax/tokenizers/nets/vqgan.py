@@ -23,6 +23,8 @@ class VQGANConfig:
     Each step between `multipliers` halves height and width; `num_res_blocks` counts per level (the decoder has one
     more, as published). `linear_path` adds a linear map from patches to latents and back beside the net, which
     saves a short training the steps it would spend on finding one; the published nets have none.
+    `attention_resolutions` are the sides of feature maps on which every residual block is followed by attention
+    (taming's ImageNet net has 16; Chameleon's none but the one in the middle, which is always there).
     """
 
     image_size: int
@@ -34,6 +36,7 @@ class VQGANConfig:
     code_dim: int
     groups: int
     linear_path: bool = False
+    attention_resolutions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.image_size % self.code_size:
@@ -52,6 +55,10 @@ class VQGANConfig:
     def grid_size(self) -> int:
         """Codes along one side of an image."""
         return self.image_size // self.code_size
+
+    def attends(self, level: int) -> bool:
+        """Whether the residual blocks of a level, 0 being the finest, are followed by attention."""
+        return self.image_size // self.patch_size // 2**level in self.attention_resolutions
 
 
 def _conv(features: int, size: int, name: str, stride: int = 1, padding: int | tuple = 1) -> nn.Conv:
@@ -116,6 +123,8 @@ class Encoder(nn.Module):
         for level, multiplier in enumerate(cfg.multipliers):
             for block in range(cfg.num_res_blocks):
                 x = ResBlock(cfg.channels * multiplier, cfg.groups, name=f"down_{level}_block_{block}")(x)
+                if cfg.attends(level):
+                    x = AttentionBlock(cfg.groups, name=f"down_{level}_attn_{block}")(x)
             if level + 1 < len(cfg.multipliers):
                 # The published net pads right and bottom only.
                 x = _conv(x.shape[-1], 3, f"down_{level}_downsample", stride=2, padding=((0, 1), (0, 1)))(x)
@@ -142,6 +151,8 @@ class Decoder(nn.Module):
         for level, multiplier in reversed(list(enumerate(cfg.multipliers))):
             for block in range(cfg.num_res_blocks + 1):
                 x = ResBlock(cfg.channels * multiplier, cfg.groups, name=f"up_{level}_block_{block}")(x)
+                if cfg.attends(level):
+                    x = AttentionBlock(cfg.groups, name=f"up_{level}_attn_{block}")(x)
             if level > 0:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = _conv(x.shape[-1], 3, f"up_{level}_upsample")(x)
