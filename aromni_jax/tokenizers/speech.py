@@ -5,28 +5,34 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import soundfile
-from scipy.signal import resample_poly
 
 from aromni_jax import config as config_lib
-from aromni_jax.arrays import FloatArray, IntArray, PyTree
+from aromni_jax.arrays import FloatArray, PyTree
 from aromni_jax.tokenizers import storage
-from aromni_jax.tokenizers.nets import quantize, spectral
+from aromni_jax.tokenizers.nets import spectral
 from aromni_jax.tokenizers.nets.vocos import Vocos, VocosConfig
-from aromni_jax.tokenizers.training import CodecNet, CodecRecipe, Progress, train_codec
+from aromni_jax.tokenizers.speech_codecs import Codec, SeanetCodec, VocosCodec, WavTokenizerCodec, streaming_codec
+from aromni_jax.tokenizers.speech_input import checked_waveform, prepare_sound
+from aromni_jax.tokenizers.speech_stream import DecoderStream, EncoderStream, Window, WindowedDecoder, WindowedEncoder
+from aromni_jax.tokenizers.training import CodecRecipe, Progress, train_codec
 
 _SMALLEST_BUCKET = 64
 _CODES_PER_CALL = 1024
 """A call holds as many utterances of a bucket as make this many codes (at least one): the shape of a call depends on
 the length of an utterance only, so its codes cannot depend on what stands beside it."""
+_LONGEST_CALL = 4096
+"""Codes of the longest utterance that is worked on as a whole: what bounds memory."""
+STREAM_WINDOW = Window(chunk_codes=8, context_codes=64, lookahead_codes=8)
+"""Of codecs that are not causal, in conversation."""
+_LONG_WINDOW = Window(chunk_codes=1024, context_codes=256, lookahead_codes=64)
+"""Of codecs that are not causal, for utterances beyond `_LONGEST_CALL`."""
 _MEL_WINDOWS = ((256, 32), (512, 64), (1024, 80))
 """(window, number of mel bands) of the loss; hops are a quarter of the window."""
 
@@ -80,85 +86,99 @@ QUICKSTART = SpeechTokenizerConfig(
 
 
 class SpeechTokenizer:
-    """Sound to codes and back, any number of utterances of any length."""
+    """Sound to codes and back, any number of utterances of any length, by a codec of any family.
 
-    num_codebooks = 1
+    `config` is a codec, or the recipe one was trained by; `codebook` is [C, E], or [K, C, E] of a residual quantizer.
+    """
 
-    def __init__(self, config: SpeechTokenizerConfig, params: PyTree, codebook_CE: np.ndarray) -> None:
+    def __init__(
+        self, config: SpeechTokenizerConfig | SeanetCodec | WavTokenizerCodec, params: PyTree, codebook: np.ndarray
+    ) -> None:
         self.config = config
+        self.codec: Codec = (
+            VocosCodec(config.net, config.num_codes) if isinstance(config, SpeechTokenizerConfig) else config
+        )
         self.params = params
-        self.codebook_CE = np.asarray(codebook_CE, np.float32)
-        net: CodecNet = Vocos(config.net)
-
-        @jax.jit
-        def encode(params: PyTree, codebook_CE: FloatArray, waveform_BT: FloatArray) -> IntArray:
-            latents = net.apply({"params": params}, waveform_BT, method="encode")
-            return quantize.nearest_codes(codebook_CE, quantize.normalize(latents))
-
-        @jax.jit
-        def decode(params: PyTree, codebook_CE: FloatArray, codes_BU: IntArray, lengths_B: IntArray) -> FloatArray:
-            waveform_BT: FloatArray = net.apply({"params": params}, codebook_CE[codes_BU], lengths_B, method="decode")
-            return jnp.clip(waveform_BT, -1.0, 1.0)
-
-        self._encode, self._decode = encode, decode
+        self.codebook = np.asarray(codebook, np.float32)
+        self._encode, self._decode = jax.jit(self.codec.encode), jax.jit(self.codec.decode)
 
     @property
     def num_codes(self) -> int:
         """Codes in each codebook."""
-        return self.config.num_codes
+        return self.codec.num_codes
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codes that each hop has, one per codebook."""
+        return self.codec.num_codebooks
 
     @property
     def sample_rate_hz(self) -> int:
-        return self.config.net.sample_rate_hz
+        return self.codec.sample_rate_hz
 
     @property
     def hop(self) -> int:
         """Samples per code."""
-        return self.config.net.hop
+        return self.codec.hop
 
     @property
     def codes_per_second(self) -> float:
+        """Hops in a second, each with a code per codebook."""
         return self.sample_rate_hz / self.hop
 
     @property
-    def lookahead_codes(self) -> int:
-        """A decoded hop is final once this many codes after its own are known; encoding needs no look-ahead."""
-        return self.config.net.lookahead_codes
+    def lookahead_codes(self) -> int | None:
+        """A decoded hop is final once this many codes after its own are known; None: once all are."""
+        codec = streaming_codec(self.codec)
+        return None if codec is None else -(-codec.delay_samples // codec.hop)
 
     @property
     def fingerprint(self) -> str:
         """Equal exactly when the same codes mean the same sound."""
-        return storage.fingerprint(self._tree(), _net_description(self.config))
+        return storage.fingerprint(self._variables, _description(self.codec))
 
     def encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """float32 waveforms [T] at `sample_rate_hz` to int32 codes [1, ceil(T / hop)]; use `prepare` for other sound.
+        """float32 waveforms [T] at `sample_rate_hz` to int32 codes [K, ceil(T / hop)]; use `prepare` for other sound.
+
+        Utterances of more than 4,096 codes go through a stream in bounded memory; where the codec is not causal, that
+        is near the whole, not equal to it.
 
         Raises:
           ValueError: an empty waveform, more than one dimension, NaN or infinity; the message gives its index.
         """
-        checked = [_checked_waveform(waveform, f"waveform {i}") for i, waveform in enumerate(waveforms)]
+        checked = [checked_waveform(waveform, f"waveform {i}") for i, waveform in enumerate(waveforms)]
         num_codes = [-(-len(waveform) // self.hop) for waveform in checked]
         codes: list[np.ndarray] = [np.zeros(0)] * len(checked)
         for indices, bucket in _calls(num_codes):
+            if bucket > _LONGEST_CALL:
+                for i in indices:
+                    codes[i] = _through(self.stream_encoder(_LONG_WINDOW), checked[i], bucket_size=1024 * self.hop)
+                continue
             waveform_BT = np.zeros((_rows(bucket), bucket * self.hop), np.float32)
+            lengths_B = np.zeros(len(waveform_BT), np.int32)
             for row, i in enumerate(indices):
                 waveform_BT[row, : len(checked[i])] = checked[i]
-            codes_BU = np.asarray(self._encode(self.params, self.codebook_CE, waveform_BT))
+                lengths_B[row] = len(checked[i])
+            codes_BKU = np.asarray(self._encode(self._variables, waveform_BT, lengths_B))
             for row, i in enumerate(indices):
-                codes[i] = codes_BU[row : row + 1, : num_codes[i]].copy()
+                codes[i] = codes_BKU[row, :, : num_codes[i]].copy()
         return codes
 
     def decode(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """int codes [1, U] to float32 waveforms of exactly U * hop samples; ValueError for codes out of range."""
-        checked = [_checked_codes(codes_KU, self.num_codes, f"codes {i}") for i, codes_KU in enumerate(codes)]
+        """int codes [K, U] to float32 waveforms of exactly U * hop samples; ValueError for codes out of range."""
+        checked = [_checked_codes(item, self.codec, f"codes {i}") for i, item in enumerate(codes)]
         waveforms: list[np.ndarray] = [np.zeros(0, np.float32)] * len(checked)
-        for indices, bucket in _calls([len(codes_U) for codes_U in checked]):
-            codes_BU = np.zeros((_rows(bucket), bucket), np.int32)
-            lengths_B = np.zeros(len(codes_BU), np.int32)
+        for indices, bucket in _calls([codes_KU.shape[1] for codes_KU in checked]):
+            if bucket > _LONGEST_CALL:
+                for i in indices:
+                    waveforms[i] = _through(self.stream_decoder(_LONG_WINDOW), checked[i], bucket_size=1024)
+                continue
+            codes_BKU = np.zeros((_rows(bucket), self.num_codebooks, bucket), np.int32)
+            lengths_B = np.zeros(len(codes_BKU), np.int32)
             for row, i in enumerate(indices):
-                codes_BU[row, : len(checked[i])] = checked[i]
-                lengths_B[row] = len(checked[i])
-            waveform_BT = np.asarray(self._decode(self.params, self.codebook_CE, codes_BU, lengths_B))
+                lengths_B[row] = checked[i].shape[1]
+                codes_BKU[row, :, : lengths_B[row]] = checked[i]
+            waveform_BT = np.asarray(self._decode(self._variables, codes_BKU, lengths_B))
             for row, i in enumerate(indices):
                 waveforms[i] = waveform_BT[row, : lengths_B[row] * self.hop].copy()
         return waveforms
@@ -167,63 +187,54 @@ class SpeechTokenizer:
         """Any sound, or the path of one, as float32 mono at `sample_rate_hz`: see `prepare_sound`."""
         return prepare_sound(sound, rate_hz, self.sample_rate_hz)
 
+    def stream_encoder(self, window: Window = STREAM_WINDOW) -> EncoderStream | WindowedEncoder:
+        """Encodes a waveform as it comes: exactly where the codec is causal, else within `window` (see there)."""
+        codec = streaming_codec(self.codec)
+        if codec is None:
+            return WindowedEncoder(self.codec, self._variables, window)
+        return EncoderStream(codec, self._variables)
+
+    def stream_decoder(self, window: Window = STREAM_WINDOW) -> DecoderStream | WindowedDecoder:
+        """Decodes codes as they come: exactly where the codec is causal, else within `window` (see there)."""
+        codec = streaming_codec(self.codec)
+        if codec is None:
+            return WindowedDecoder(self.codec, self._variables, window)
+        return DecoderStream(codec, self._variables)
+
+    def with_codebooks(self, num_codebooks: int) -> SpeechTokenizer:
+        """The same residual codec with its first codebooks only: fewer codes a second, coarser sound."""
+        if not isinstance(self.config, SeanetCodec):
+            raise ValueError(
+                "only a codec with a residual quantizer can do with fewer codebooks; this one has a single one"
+            )
+        if not 1 <= num_codebooks <= self.num_codebooks:
+            raise ValueError(f"num_codebooks must lie in 1..{self.num_codebooks}, not {num_codebooks}")
+        config = dataclasses.replace(self.config, num_codebooks=num_codebooks)
+        return SpeechTokenizer(config, self.params, self.codebook[:num_codebooks])
+
     def save(self, directory: str | Path) -> None:
         """Writes `config.json` and `params.safetensors`."""
         directory = Path(directory)
-        storage.save_tree(directory / "params.safetensors", self._tree(), identity=_net_description(self.config))
+        storage.save_tree(directory / "params.safetensors", self._variables, identity=_description(self.codec))
         (directory / "config.json").write_text(config_lib.to_json(self.config))
 
     @classmethod
     def load(cls, directory: str | Path) -> SpeechTokenizer:
-        """Inverse of `save`; ValueError naming the file and the tensor when they do not fit."""
-        cfg = config_lib.from_mapping(SpeechTokenizerConfig, storage.read_json(Path(directory) / "config.json"))
-        waveform = jax.ShapeDtypeStruct((1, cfg.net.hop * 8), jnp.float32)
-        like = {
-            "params": jax.eval_shape(Vocos(cfg.net).init, jax.random.key(0), waveform)["params"],
-            "codebook_CE": jax.ShapeDtypeStruct((cfg.num_codes, cfg.net.code_dim), jnp.float32),
-        }
+        """Inverse of `save`, for every family; ValueError naming the file and the tensor when they do not fit."""
+        raw = storage.read_json(Path(directory) / "config.json")
+        families = {None: SpeechTokenizerConfig, "seanet": SeanetCodec, "wavtokenizer": WavTokenizerCodec}
+        if raw.get("family") not in families:
+            known = ", ".join(name for name in families if name)
+            raise ValueError(f"{directory}/config.json: family {raw['family']!r} is not one of {known}")
+        config: Any = config_lib.from_mapping(families[raw.get("family")], raw)
+        tokenizer = cls(config, {}, np.zeros(0))
         path = Path(directory) / "params.safetensors"
-        tree = storage.load_tree(path, like, identity=_net_description(cfg))
-        return cls(cfg, tree["params"], np.asarray(tree["codebook_CE"]))
+        tree = storage.load_tree(path, tokenizer.codec.shapes(), identity=_description(tokenizer.codec))
+        return cls(config, tree["params"], np.asarray(tree[tokenizer.codec.codebook_name]))
 
-    def _tree(self) -> Mapping[str, Any]:
-        return {"params": self.params, "codebook_CE": self.codebook_CE}
-
-
-def prepare_sound(sound: np.ndarray | str | Path, rate_hz: int | None, target_rate_hz: int) -> np.ndarray:
-    """Sound as float32 mono at `target_rate_hz`: channels averaged, integers scaled to [-1, 1], rate converted.
-
-    Args:
-      sound: samples [T] or [T, channels], integer or float; or the path of a WAV, FLAC or Ogg file.
-      rate_hz: rate of an array; a file knows its own.
-
-    Raises:
-      ValueError: naming the file: not a sound file, no samples, NaN or infinity, no rate.
-    """
-    name = "sound"
-    if isinstance(sound, (str, Path)):
-        name = str(sound)
-        if not Path(sound).exists():
-            raise FileNotFoundError(f"{name} does not exist")
-        try:
-            sound, rate_hz = soundfile.read(sound, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise ValueError(f"{name} cannot be read as sound: {error}") from error
-    samples = np.asarray(sound)
-    if rate_hz is None or rate_hz < 1:
-        raise ValueError(f"{name}: sample rate {rate_hz} is not a positive number of hertz")
-    if np.issubdtype(samples.dtype, np.integer):
-        # Unsigned samples, as in 8-bit WAV, are silent in the middle of their range.
-        half_range = 2.0 ** (8 * samples.dtype.itemsize - 1)
-        middle = half_range if np.issubdtype(samples.dtype, np.unsignedinteger) else 0.0
-        samples = (samples.astype(np.float64) - middle) / half_range
-    if samples.ndim == 2 and samples.size:
-        samples = samples.mean(axis=1)
-    waveform = _checked_waveform(samples.astype(np.float64), name)
-    if rate_hz != target_rate_hz:
-        divisor = math.gcd(int(rate_hz), target_rate_hz)
-        waveform = resample_poly(waveform, target_rate_hz // divisor, int(rate_hz) // divisor)
-    return waveform.astype(np.float32)
+    @property
+    def _variables(self) -> dict[str, Any]:
+        return {"params": self.params, self.codec.codebook_name: self.codebook}
 
 
 def train_speech_tokenizer(
@@ -243,7 +254,7 @@ def train_speech_tokenizer(
     """
     if not waveforms:
         raise ValueError("cannot train a speech tokenizer on no utterances")
-    checked = [_checked_waveform(waveform, f"waveform {i}").astype(np.float32) for i, waveform in enumerate(waveforms)]
+    checked = [checked_waveform(waveform, f"waveform {i}").astype(np.float32) for i, waveform in enumerate(waveforms)]
     if 8 * config.recipe.batch_size * config.crop_codes < config.num_codes:
         raise ValueError(f"{config.num_codes} codes need larger batches or crops to start from")
     crop = config.crop_codes * config.net.hop
@@ -302,8 +313,17 @@ def _reconstruction_loss(
     return loss
 
 
-def _net_description(config: SpeechTokenizerConfig) -> str:
-    return json.dumps({"net": dataclasses.asdict(config.net), "num_codes": config.num_codes}, sort_keys=True)
+def _description(codec: Codec) -> str:
+    return json.dumps(dataclasses.asdict(cast(Any, codec)), sort_keys=True)
+
+
+def _through(stream: Any, sequence: np.ndarray, bucket_size: int) -> np.ndarray:
+    """A whole sequence through a stream, some of its last axis at a time."""
+    state, results = stream.start(), []
+    for start in range(0, sequence.shape[-1], bucket_size):
+        state, result = stream.step(state, sequence[..., start : start + bucket_size])
+        results.append(result)
+    return np.concatenate([*results, stream.finish(state)], axis=-1)
 
 
 def _bucket(num_codes: int) -> int:
@@ -325,22 +345,10 @@ def _calls(lengths: Sequence[int]) -> Iterator[tuple[list[int], int]]:
             yield indices[start : start + _rows(bucket)], bucket
 
 
-def _checked_waveform(waveform: np.ndarray, name: str) -> np.ndarray:
-    waveform = np.asarray(waveform)
-    if waveform.size == 0:
-        raise ValueError(f"{name} has no samples")
-    if waveform.ndim != 1:
-        raise ValueError(f"{name} has shape {waveform.shape}, expected one dimension of samples")
-    if not np.isfinite(waveform).all():
-        bad = int(np.flatnonzero(~np.isfinite(waveform))[0])
-        raise ValueError(f"{name} has a value that is not a number (sample {bad})")
-    return waveform
-
-
-def _checked_codes(codes_KU: np.ndarray, num_codes: int, name: str) -> np.ndarray:
+def _checked_codes(codes_KU: np.ndarray, codec: Codec, name: str) -> np.ndarray:
     codes_KU = np.asarray(codes_KU, np.int32)
-    if codes_KU.ndim != 2 or len(codes_KU) != 1:
-        raise ValueError(f"{name} have shape {codes_KU.shape}, expected [1, number of frames]")
-    if codes_KU.size and (codes_KU.min() < 0 or codes_KU.max() >= num_codes):
-        raise ValueError(f"{name} must lie in 0..{num_codes - 1}, found {codes_KU.min()}..{codes_KU.max()}")
-    return codes_KU[0]
+    if codes_KU.ndim != 2 or len(codes_KU) != codec.num_codebooks:
+        raise ValueError(f"{name} have shape {codes_KU.shape}, expected [{codec.num_codebooks}, number of frames]")
+    if codes_KU.size and (codes_KU.min() < 0 or codes_KU.max() >= codec.num_codes):
+        raise ValueError(f"{name} must lie in 0..{codec.num_codes - 1}, found {codes_KU.min()}..{codes_KU.max()}")
+    return codes_KU

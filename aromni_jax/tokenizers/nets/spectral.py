@@ -53,6 +53,12 @@ def overlap_add(frames_BUW: FloatArray, hop: int) -> FloatArray:
     return jnp.reshape(hops, (batch, num_frames * hop))
 
 
+def overlap_add_all(frames_BUW: FloatArray, hop: int) -> FloatArray:
+    """[B, U, window] to [B, U*hop + window - hop]: the sum of frames, the first of which begins the result."""
+    parts = frames_BUW.shape[2] // hop
+    return overlap_add(jnp.pad(frames_BUW, ((0, 0), (parts - 1, 0), (0, 0))), hop)
+
+
 def magnitudes(waveform_BT: FloatArray, window: int, hop: int) -> FloatArray:
     """Hann-windowed magnitude spectra [B, U, window/2 + 1]; the gradient is finite at silence."""
     spectra = jnp.fft.rfft(causal_frames(waveform_BT, window, hop) * hann_window(window), axis=-1)
@@ -76,3 +82,19 @@ def inverse_frames(spectra_BUF: FloatArray, window: int, hop: int) -> FloatArray
     overlap_hop = np.square(hann).reshape(window // hop, hop).sum(axis=0)
     waveform_BT = overlap_add(frames, hop)
     return (waveform_BT.reshape(*spectra_BUF.shape[:2], hop) / overlap_hop).reshape(waveform_BT.shape)
+
+
+def inverse_frames_onward(
+    carry_BT: FloatArray, spectra_BUF: FloatArray, window: int, hop: int
+) -> tuple[FloatArray, FloatArray]:
+    """`inverse_frames` of a stream: (carry, spectra of the next frames) -> (carry, waveform [B, U*hop]).
+
+    The waveform comes window - hop samples late; the carry holds that many samples, zeros at the start.
+    """
+    hann = hann_window(window)
+    sums_BT = overlap_add_all(jnp.fft.irfft(spectra_BUF, n=window, axis=-1) * hann, hop)
+    sums_BT = sums_BT.at[:, : window - hop].add(carry_BT)
+    batch, num_frames, _ = spectra_BUF.shape
+    overlap_hop = np.square(hann).reshape(window // hop, hop).sum(axis=0)
+    final_BT = (sums_BT[:, : num_frames * hop].reshape(batch, num_frames, hop) / overlap_hop).reshape(batch, -1)
+    return sums_BT[:, num_frames * hop :], final_BT

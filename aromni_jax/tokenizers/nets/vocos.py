@@ -3,6 +3,7 @@
 All work happens at the code rate, which makes it cheap. The encoder looks at no future sample; a decoded hop is final
 once `lookahead_codes` more codes have come. Sources: Siuzdak 2023, "Vocos" (ConvNeXt backbone, ISTFT head); Liu et
 al. 2022, "A ConvNet for the 2020s". Made causal here: convolutions are padded on the left, norms are per frame.
+Applied with `mutable=["stream"]`, layers keep the past in that collection; its zeros are the start of a stream.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from aromni_jax.arrays import FloatArray, IntArray
-from aromni_jax.tokenizers.nets import spectral
+from aromni_jax.tokenizers.nets import spectral, streaming
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class CausalDepthwise(nn.Module):
         )
         bias_D = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
         # Shifted sums fuse on every backend; XLA's grouped convolution is many times slower on CPU.
-        padded = jnp.pad(x_BUD, ((0, 0), (self.kernel_size - 1, 0), (0, 0)))
+        padded = streaming.after_past(self, x_BUD, self.kernel_size - 1)
         return sum((padded[:, k : k + num_frames] * kernel_KD[k] for k in range(self.kernel_size)), start=bias_D)
 
 
@@ -94,7 +95,7 @@ class Backbone(nn.Module):
 
     @nn.compact
     def __call__(self, x: FloatArray) -> FloatArray:
-        x = jnp.pad(x, ((0, 0), (2, 0), (0, 0)))
+        x = streaming.after_past(self, x, 2)
         x = nn.LayerNorm(epsilon=1e-6, name="norm")(nn.Conv(self.width, (3,), padding="VALID", name="embed")(x))
         for layer in range(self.num_layers):
             block = ConvNeXtBlock(self.expansion, self.kernel_size, 1 / self.num_layers, name=f"convnext_{layer}")
@@ -110,14 +111,22 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, waveform_BT: FloatArray) -> FloatArray:
         cfg = self.config
+        past = cfg.window - cfg.frame_hop
+        if streaming.is_streaming(self):
+            waveform_BT = streaming.after_past(self, waveform_BT, past)
         mel = spectral.log_mel(waveform_BT, cfg.sample_rate_hz, cfg.window, cfg.frame_hop, cfg.num_mels)
+        if streaming.is_streaming(self):
+            mel = mel[:, past // cfg.frame_hop :]
         frames = 0.5 * mel.reshape(mel.shape[0], mel.shape[1] // cfg.frames_per_code, -1) + 1.0
         hidden = Backbone(cfg.encoder_dim, cfg.encoder_layers, cfg.expansion, cfg.kernel_size, name="backbone")(frames)
         return nn.Dense(cfg.code_dim, name="out")(hidden)
 
 
 class Decoder(nn.Module):
-    """Latents [B, U, code_dim] to waveform [B, U*hop]; frames at or after `lengths_B` codes are silent."""
+    """Latents [B, U, code_dim] to waveform [B, U*hop]; frames at or after `lengths_B` codes are silent.
+
+    In a stream the waveform comes window - frame_hop samples late.
+    """
 
     config: VocosConfig
 
@@ -137,6 +146,11 @@ class Decoder(nn.Module):
             inside_BU = jnp.arange(num_frames)[None] < lengths_B[:, None] * cfg.frames_per_code
             magnitude = jnp.where(inside_BU[..., None], magnitude, 0.0)
         spectra = jax.lax.complex(magnitude * jnp.cos(phase), magnitude * jnp.sin(phase))
+        if streaming.is_streaming(self):
+            carry_BT = streaming.recall(self, "carry", jnp.zeros((batch, cfg.window - cfg.frame_hop), jnp.float32))
+            carry_BT, waveform_BT = spectral.inverse_frames_onward(carry_BT, spectra, cfg.window, cfg.frame_hop)
+            streaming.remember(self, "carry", carry_BT)
+            return waveform_BT
         return spectral.inverse_frames(spectra, cfg.window, cfg.frame_hop)
 
 
