@@ -1,4 +1,4 @@
-"""`aromni tokenizer train|encode|decode|evaluate`: make, try and measure the tokenizers by themselves."""
+"""`aromni tokenizer`: make, try, measure, import and export the tokenizers by themselves."""
 
 from __future__ import annotations
 
@@ -24,26 +24,37 @@ _SUFFIXES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `aromni tokenizer`."""
-    parser.add_argument("action", choices=("train", "encode", "decode", "evaluate"))
+    parser.add_argument("action", choices=tuple(_ACTIONS))
     parser.add_argument("--kind", required=True, choices=tuple(_SUFFIXES))
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the tokenizer: written by train, else read")
     parser.add_argument(
-        "--input", required=True, metavar="PATH", help="a file, a folder, or a manifest of conversations"
+        "--tokenizer", required=True, metavar="DIR", help="the tokenizer: written by train and import, else read"
     )
-    parser.add_argument("--output", metavar="FILE", help="encode: a .npy of codes; decode: a .png, .wav or .txt")
+    parser.add_argument(
+        "--input",
+        metavar="PATH",
+        help="a file, a folder, or a manifest of conversations; import: a published .safetensors, .ckpt or directory",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="PATH",
+        help="encode: a .npy of codes; decode: a .png, .wav or .txt; export: a .safetensors, .ckpt or directory",
+    )
     parser.add_argument("--split", default="", help="of a manifest, read only this split")
     parser.add_argument("--vocab_size", type=int, default=1024, help="train --kind=text: number of pieces")
     parser.add_argument("--total_steps", type=int, help="train --kind=image|speech: overrides the recipe")
     parser.add_argument("--num_codes", type=int, help="train --kind=image|speech: overrides the size of the codebook")
+    parser.add_argument("--image_size", type=int, help="import --kind=image: pixels, where the files do not say")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="evaluate: also write the table as JSON")
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs one action; ValueError and FileNotFoundError say what to do."""
-    if args.action in ("encode", "decode") and not args.output:
-        raise ValueError(f"aromni tokenizer {args.action} needs --output=FILE")
-    {"train": _train, "encode": _encode, "decode": _decode, "evaluate": _evaluate}[args.action](args)
+    run, *needed = _ACTIONS[args.action]
+    for flag in needed:
+        if not getattr(args, flag):
+            raise ValueError(f"aromni tokenizer {args.action} needs --{flag}=PATH")
+    run(args)
     return 0
 
 
@@ -75,6 +86,31 @@ def _train(args: argparse.Namespace) -> None:
         tokenizer = speech.train_speech_tokenizer(waveforms, config, args.seed, workdir, meter)
     tokenizer.save(args.tokenizer)
     print(f"{tokenizer.num_codes} codes, fingerprint {tokenizer.fingerprint[:16]}, in {args.tokenizer}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    if args.kind != "image":
+        raise ValueError(f"import knows the published files of --kind=image, not of {args.kind}")
+    from aromni_jax.interop.vqgan_files import PublishedVQGAN
+
+    opened = PublishedVQGAN(args.input, args.image_size)
+    tokenizer = opened.tokenizer()
+    tokenizer.save(args.tokenizer)
+    size = f"{tokenizer.image_size}x{tokenizer.image_size} pixels, {tokenizer.tokens_per_image} codes a picture"
+    print(f"{tokenizer.num_codes} codes, {size}, fingerprint {tokenizer.fingerprint[:16]}, in {args.tokenizer}")
+    if opened.left_out:
+        print(f"left out: {len(opened.left_out)} tensors of the training loss ({opened.left_out[0]}, ...)")
+    if opened.config.encoder_only:
+        print("the files hold no decoder: pictures become codes, and codes no pictures")
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.kind != "image":
+        raise ValueError(f"export writes the published files of --kind=image, not of {args.kind}")
+    from aromni_jax.interop.vqgan_files import write_vqgan
+
+    write_vqgan(_image_tokenizer(args), args.output)
+    print(args.output)
 
 
 def _encode(args: argparse.Namespace) -> None:
@@ -245,6 +281,17 @@ def _speech_tokenizer(args: argparse.Namespace) -> SpeechTokenizer:
     from aromni_jax.tokenizers.speech import SpeechTokenizer
 
     return SpeechTokenizer.load(args.tokenizer)
+
+
+_ACTIONS: dict[str, tuple[Any, ...]] = {
+    "train": (_train, "input"),
+    "encode": (_encode, "input", "output"),
+    "decode": (_decode, "input", "output"),
+    "evaluate": (_evaluate, "input"),
+    "import": (_import, "input"),
+    "export": (_export, "output"),
+}
+"""Action -> function, flags it cannot do without."""
 
 
 class _Meter:

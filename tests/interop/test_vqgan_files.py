@@ -9,34 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from aromni_jax.interop.names import leaf_paths, nested
 from aromni_jax.interop.torch_files import read_state_dict, write_state_dict
 from aromni_jax.interop.vqgan_files import PublishedVQGAN, published_names, write_vqgan
-from aromni_jax.tokenizers.image import CHAMELEON, QUICKSTART, ImageTokenizer, abstract_tree
-from aromni_jax.tokenizers.nets.vqgan import VQGANConfig
-
-CONFIG = dataclasses.replace(
-    CHAMELEON,
-    net=VQGANConfig(
-        image_size=16,
-        patch_size=1,
-        channels=32,
-        multipliers=(1, 2),
-        num_res_blocks=1,
-        latent_channels=8,
-        code_dim=6,
-        groups=32,
-        attention_resolutions=(8,),
-    ),
-    num_codes=20,
-)
-
-
-def random_tokenizer(config=CONFIG, seed: int = 0) -> ImageTokenizer:
-    rng = np.random.default_rng(seed)
-    leaves = {path: rng.normal(size=leaf.shape) * 0.2 for path, leaf in leaf_paths(abstract_tree(config)).items()}
-    tree = nested({path: value.astype(np.float32) for path, value in leaves.items()})
-    return ImageTokenizer(config, tree["params"], tree["codebook_CE"])
+from aromni_jax.tokenizers.image import QUICKSTART, ImageTokenizer
+from tests.fixtures.vqgan_tokenizer import CONFIG, random_tokenizer
 
 
 def tensors(path) -> dict[str, np.ndarray]:

@@ -12,7 +12,10 @@ import test_bundle
 import test_image
 import test_speech
 
+from aromni_jax.interop.vqgan_files import write_vqgan
+from aromni_jax.tokenizers.image import ImageTokenizer
 from launch.cli import run
+from tests.fixtures.vqgan_tokenizer import random_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,28 @@ def test_pictures(corpus, tmp_path):
     split = ("--split=train", f"--json={table}")
     assert tokenizer("evaluate", *flags, f"--input={corpus / 'manifest.jsonl'}", *split) == 0
     assert json.loads(table.read_text())["pictures"] == 2
+
+
+def test_published_picture_files(tmp_path, capsys):
+    """A torch checkpoint in, our tokenizer, codes and a picture, and the transformers directory out."""
+    published = random_tokenizer()
+    write_vqgan(published, tmp_path / "vqgan.ckpt")
+    flags = ("--kind=image", f"--tokenizer={tmp_path / 'ours'}")
+    source = f"--input={tmp_path / 'vqgan.ckpt'}"
+    assert tokenizer("import", *flags, source) == 1
+    assert "--image_size" in capsys.readouterr().err
+    assert tokenizer("import", *flags, source, "--image_size=16") == 0
+    assert "64 codes a picture" in capsys.readouterr().out
+    PIL.Image.fromarray(test_image.pictures(1)[0]).save(tmp_path / "a.png")
+    assert tokenizer("encode", *flags, f"--input={tmp_path / 'a.png'}", f"--output={tmp_path / 'a.npy'}") == 0
+    assert np.load(tmp_path / "a.npy").shape == (64,)
+    assert tokenizer("export", *flags, f"--output={tmp_path / 'hf'}") == 0
+    assert tokenizer("import", "--kind=image", f"--tokenizer={tmp_path / 'b'}", f"--input={tmp_path / 'hf'}") == 0
+    first, second = (ImageTokenizer.load(tmp_path / name).fingerprint for name in ("ours", "b"))
+    assert first == second == published.fingerprint
+    assert tokenizer("export", *flags) == 1 and tokenizer("import", *flags) == 1
+    errors = capsys.readouterr().err
+    assert "needs --output" in errors and "needs --input" in errors
 
 
 def test_sound(corpus, tmp_path):
