@@ -28,6 +28,8 @@ CORE = [
     "tensorstore>=0.1.70",
 ]
 EVAL = ["jiwer>=3.0", "pystoi>=0.4"]
+# The TPU compiler, which needs no TPU: the tests compile the train step for pods with it.
+TPU_COMPILER = ["libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 HF = ["transformers>=5.0", "torch==2.13.0"]
 
 setup(
@@ -52,7 +54,16 @@ setup(
         "tfds": ["tensorflow-datasets>=4.9.10", "importlib_resources"],
         "eval": EVAL,
         "hf": HF,
-        "dev": [*EVAL, *HF, "hypothesis>=6", "mypy>=1.14", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
+        "dev": [
+            *EVAL,
+            *HF,
+            *TPU_COMPILER,
+            "hypothesis>=6",
+            "mypy>=1.14",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+        ],
     },
     entry_points={"console_scripts": ["aromni = launch.cli:main"]},
 )

@@ -4,8 +4,9 @@
     aromni train --config=configs/pretrain.py:7b,mesh=v5p-128 --workdir=/mnt/shared/7b         # a TPU pod
 
 Variants: a size (debug, 100m, 1b, 7b, 34b), then `key=value` pairs separated by commas: `mesh` (a named layout below)
-and `weighting` (uniform, response, balanced). The recipe is METHOD section 5: 480 rows, linear decay, clip 1.0. Rows
-are packed, so that 480 rows of 4096 hold several times the sequences of the authors' padded batches.
+and `weighting` (uniform, response, balanced). The recipe is METHOD section 5: 480 rows (512 on a pod, whose chips they
+must divide over), linear decay, clip 1.0. Rows are packed, so that they hold several times the sequences of the
+authors' padded batches.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def get_config(variant: str = "debug") -> ConfigDict:
         return config
 
     config.total_steps = 140_000
-    config.global_batch_size = 480 if size != "100m" else 64
+    config.global_batch_size = 64 if size == "100m" else 480 if options["mesh"] == "local" else 512
     config.optimizer.learning_rate = {"100m": 3e-4, "1b": 2e-4, "7b": 6e-5, "34b": 6e-5}[size]
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_steps = 7_000

@@ -49,6 +49,8 @@ HELD_OUT_VOICES = ("en-us+f1", "en-gb-x-rp+m5")
 
 MANIFEST = "manifest.jsonl"
 _UTTERANCES_PER_PART = 900
+_PICTURES_PER_REQUEST = 2
+"""In training a spoken request is answered by this many pictures, and a scan asked for by as many utterances."""
 _DIGIT_CAPTIONS = (
     "a handwritten {}",
     "the digit {}",
@@ -64,7 +66,7 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class CorpusSizes:
-    """How many pictures and utterances; conversations follow from them (about eight per training picture)."""
+    """How many pictures and utterances; conversations follow from them."""
 
     train_scenes: int = 1500
     heldout_scenes: int = 120
@@ -342,34 +344,39 @@ def _conversations(
             "facts": media["facts"] | {"holdout": media["holdout"]} | (extra or {}),
         }
 
-    for record in digit_records:
+    def drawings(record: Record, texts: list[str]) -> Iterator[Record]:
+        """In training the picture is asked for in every wording: drawing takes more examples than anything else."""
+        for tag, text in zip("abcd", texts if split == "train" else texts[:1]):
+            yield conversation("text_to_image", record, [{"text": text}], [{"image": record["path"]}], {"tag": tag})
+
+    def is_asked_about(index: int) -> bool:
+        """In training every second picture: what it costs in tokens is better spent on drawing."""
+        return split != "train" or index % 2 == 0
+
+    for index, record in enumerate(digit_records):
         rng = _rng(seed, "digit text", record["name"])
         word, image = DIGIT_WORDS[int(record["facts"]["label"])], {"image": record["path"]}
-        asked, told, again = (_DIGIT_CAPTIONS[int(i)].format(word) for i in rng.integers(len(_DIGIT_CAPTIONS), size=3))
-        yield conversation("text_to_image", record, [{"text": asked}], [image], {"tag": "a"})
-        if split == "train":
-            yield conversation("text_to_image", record, [{"text": again}], [image], {"tag": "b"})
+        *asked, told = (_DIGIT_CAPTIONS[int(i)].format(word) for i in rng.integers(len(_DIGIT_CAPTIONS), size=3))
+        yield from drawings(record, asked)
         yield conversation("caption", record, [image], [{"text": told}], {"words": word})
         question = _DIGIT_QUESTIONS[int(rng.integers(len(_DIGIT_QUESTIONS)))]
-        yield conversation("question", record, [image, {"text": question}], [{"text": word}], {"words": word})
+        if is_asked_about(index):
+            yield conversation("question", record, [image, {"text": question}], [{"text": word}], {"words": word})
 
-    for record in (record for record in scene_records if record["split"] == split):
+    for index, record in enumerate(record for record in scene_records if record["split"] == split):
         rng, scene, image = (
             _rng(seed, "scene text", record["name"]),
             scene_of[record["name"]],
             {"image": record["path"]},
         )
-        captions = [scenes.caption(scene, rng) for _ in range(4)]
-        yield conversation("text_to_image", record, [{"text": captions[0]}], [image], {"tag": "a"})
-        if split == "train":
-            yield conversation(
-                "text_to_image", record, [{"text": scenes.short_phrase(scene, rng)}], [image], {"tag": "b"}
-            )
+        captions = [scenes.caption(scene, rng) for _ in range(6)]
+        yield from drawings(record, [captions[0], scenes.short_phrase(scene, rng), *captions[4:]])
         yield conversation("caption", record, [image], [{"text": captions[1]}], {"words": captions[1]})
         question, answer = scenes.question(scene, rng)
-        yield conversation(
-            "question", record, [image, {"text": question}], [{"text": answer}], {"tag": "seen", "words": answer}
-        )
+        if is_asked_about(index):
+            yield conversation(
+                "question", record, [image, {"text": question}], [{"text": answer}], {"tag": "seen", "words": answer}
+            )
         question, answer = scenes.question(scene, rng)
         read = [{"text": f"{captions[2]}. {question}"}]
         yield conversation("question", record, read, [{"text": answer}], {"tag": "read", "words": answer})
@@ -382,14 +389,29 @@ def _conversations(
         if record["holdout"] != "voice":
             yield conversation("text_to_speech", record, [{"text": words}], [sound])
 
+    pictures_each = _PICTURES_PER_REQUEST if split == "train" else 1
     by_digit = {str(d): [r for r in spoken if not r["scene"] and r["facts"]["label"] == str(d)] for d in range(10)}
     for record in digit_records:
         heard = by_digit[record["facts"]["label"]]
         if heard:
-            sound = heard[int(_rng(seed, "spoken digit", record["name"]).integers(len(heard)))]
-            yield conversation(*_speech_to_image(sound, record))
+            chosen = _rng(seed, "spoken digit", record["name"]).permutation(len(heard))[:pictures_each]
+            yield from (conversation(*_speech_to_image(heard[int(i)], record)) for i in chosen)
+    # A phrase says no more than these, so it asks for any picture that shares them.
+    said = [name for name in scene_record_of if scene_record_of[name]["split"] == split]
+    alike: dict[tuple[str, ...], list[Record]] = {}
+    for name in said:
+        alike.setdefault(_all_a_phrase_says(scene_of[name]), []).append(scene_record_of[name])
     for sound in (record for record in spoken if record["scene"]):
-        yield conversation(*_speech_to_image(sound, scene_record_of[sound["scene"]]))
+        own = scene_record_of[sound["scene"]]
+        others = [r for r in alike[_all_a_phrase_says(scene_of[sound["scene"]])] if r is not own]
+        order = _rng(seed, "spoken phrase", sound["name"]).permutation(len(others))[: pictures_each - 1]
+        yield from (
+            conversation(*_speech_to_image(sound, record)) for record in [own, *(others[int(i)] for i in order)]
+        )
+
+
+def _all_a_phrase_says(scene: scenes.Scene) -> tuple[str, ...]:
+    return scene.colour, scene.shape, scene.size, scene.place
 
 
 def _speech_to_image(sound: Record, picture: Record) -> tuple[str, Record, list[Any], list[Any], Record]:

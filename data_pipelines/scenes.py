@@ -23,7 +23,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "yellow": (245, 220, 40),
     "purple": (160, 45, 205),
 }
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (0, 0, 0), "gray": (105, 105, 105), "white": (255, 255, 255)}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (0, 0, 0), "white": (255, 255, 255)}
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
 SIZES_PIXELS: dict[str, tuple[int, int]] = {"small": (29, 31), "large": (43, 45)}
 """Size word -> smallest and largest width of the shape."""

@@ -8,5 +8,5 @@ _FLAG = "--xla_force_host_platform_device_count=8"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
 
-# A shell starts background jobs with SIGINT ignored, and children inherit that: tests that interrupt would wait forever.
+# A shell starts background jobs with SIGINT ignored, which children inherit: tests that interrupt would wait forever.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -100,7 +100,7 @@ class MetricsWindow:
 
     @classmethod
     def of_evaluation(cls, batches: Iterable[dict[str, Any]], loss: LossConfig) -> dict[str, Any]:
-        """Losses, weight shares and accuracies (the keys of `line`) over what `make_eval_step` reported, batch by batch."""
+        """Losses, weight shares and accuracies (the keys of `line`) over what `make_eval_step` reported, by batch."""
         window = cls()
         for metrics in batches:
             window.add(metrics | {"is_finite": True, "learning_rate": 0.0, "grad_norm": 0.0})

@@ -12,6 +12,7 @@ import pytest
 from aromni_jax.config import TrainConfig, from_mapping
 from aromni_jax.models.config import ModelConfig, resolve_model
 from aromni_jax.structs import Modality, Task
+from configs.pretrain import MESHES
 from data_pipelines.pretokenize import PretokenizeConfig
 from launch.flags import load_config
 from launch.quickstart_job import QuickstartConfig
@@ -55,6 +56,19 @@ def test_every_config_file_is_tested_here():
 @pytest.mark.parametrize("shipped", targets(TRAINING))
 def test_training_configs_build(shipped):
     check_training(from_mapping(TrainConfig, load(shipped)))
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "local"])
+@pytest.mark.parametrize("size", ["1b", "7b", "34b"])
+def test_rows_divide_over_the_chips_of_every_named_pod(size, name):
+    """v5p counts cores, two a chip; the others count chips."""
+    kind, number = name.split("-")
+    chips = int(number) // (2 if kind == "v5p" else 1)
+    config = from_mapping(TrainConfig, load(f"configs/pretrain.py:{size},mesh={name}"))
+    fixed = config.mesh.data * config.mesh.context * config.mesh.tensor
+    assert chips % fixed == 0
+    ways = config.mesh.data * chips // fixed
+    assert config.global_batch_size % (ways * config.gradient_accumulation_steps) == 0
 
 
 def check_training(config):
