@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What is read, whatever a file is called. Pillow knows more; some of it (EPS) starts other programs."""
 _MAX_ASPECT_RATIO = 50
 
 
 def prepare_image(image: PIL.Image.Image | np.ndarray | str | Path, size: int) -> np.ndarray:
     """A picture as uint8 [size, size, 3]: alpha on white, short side to `size` (LANCZOS), centre crop.
 
-    The rules of Chameleon's tokenizer. 16-bit pictures keep their upper 8 bits; of an animation the first frame counts.
+    The rules of Chameleon's tokenizer, which do not look at a camera's note on rotation. 16-bit pictures keep their
+    upper 8 bits; of an animation the first frame counts. A small picture is enlarged.
 
     Raises:
-      ValueError: not a picture, damaged, too large to open safely, or more than 50 times longer than wide.
+      FileNotFoundError: no such file.
+      ValueError: not a picture of `FORMATS`, damaged or cut short, more pixels than Pillow opens without doubts (179
+        million), or more than 50 times longer than wide.
     """
     name = str(image) if isinstance(image, (str, Path)) else "image"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-            if isinstance(image, (str, Path)):
-                with PIL.Image.open(image) as opened:
-                    picture = _to_rgb(opened)
-            else:
-                picture = _to_rgb(PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image)
+        if isinstance(image, (str, Path)):
+            with PIL.Image.open(image, formats=FORMATS) as opened:
+                # The size is read from the header: nothing has been decompressed yet.
+                if opened.width * opened.height > (PIL.Image.MAX_IMAGE_PIXELS or math.inf):
+                    raise ValueError(f"{opened.width}x{opened.height} pixels are too many to open safely; shrink it")
+                picture = _to_rgb(opened)
+        else:
+            picture = _to_rgb(PIL.Image.fromarray(image) if isinstance(image, np.ndarray) else image)
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, TypeError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
-    except PIL.Image.DecompressionBombWarning as error:
-        raise ValueError(f"{name} is too large to open safely: {error}; shrink it first") from error
     width, height = picture.size
     short = min(width, height)
     if short == 0 or max(width, height) > _MAX_ASPECT_RATIO * short:

@@ -7,11 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 import pytest
 
 from aromni_jax.tokenizers import image, training
-from aromni_jax.tokenizers.image import ImageTokenizer, ImageTokenizerConfig, prepare_image, train_image_tokenizer
+from aromni_jax.tokenizers.image import ImageTokenizer, ImageTokenizerConfig, train_image_tokenizer
 from aromni_jax.tokenizers.nets import quantize, vqgan
 
 TINY = ImageTokenizerConfig(
@@ -116,53 +115,6 @@ def test_save_and_load(trained, tmp_path):
     (tmp_path / "config.json").write_text(config.replace('"num_codes": 32', '"num_codes": 64'))
     with pytest.raises(ValueError, match="num_codes: 32 there, 64 here"):
         ImageTokenizer.load(tmp_path)
-
-
-def test_alpha_lies_on_white_and_the_centre_is_kept():
-    clear = PIL.Image.new("RGBA", (40, 20), (255, 0, 0, 0))
-    np.testing.assert_array_equal(prepare_image(clear, 16), np.full((16, 16, 3), 255, np.uint8))
-    wide = np.zeros((20, 60, 3), np.uint8)
-    wide[:, 20:40] = 255
-    assert prepare_image(wide, 20).min() == 255
-    grey_16_bit = PIL.Image.fromarray(np.full((20, 20), 0x8000, np.uint16))
-    assert np.unique(prepare_image(grey_16_bit, 16)).tolist() == [0x80]
-    assert prepare_image(PIL.Image.new("L", (1, 1), 7), 16).shape == (16, 16, 3)
-
-
-def test_short_side_is_resized_with_both_sides_rounded():
-    source = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 47, 3), np.uint8))
-    resized = source.resize((round(47 * 16 / 33), 16), PIL.Image.Resampling.LANCZOS)
-    left = (resized.size[0] - 16) // 2
-    np.testing.assert_array_equal(prepare_image(source, 16), np.asarray(resized)[:, left : left + 16])
-
-
-def test_bad_pictures_are_named(tmp_path):
-    good = tmp_path / "good.png"
-    PIL.Image.fromarray(pictures(1)[0]).save(good)
-    cut = tmp_path / "cut.png"
-    cut.write_bytes(good.read_bytes()[:60])
-    fake = tmp_path / "fake.png"
-    fake.write_bytes(b"GIF? no.")
-    for path in (cut, fake):
-        with pytest.raises(ValueError, match=path.name):
-            prepare_image(path, 16)
-    with pytest.raises(FileNotFoundError):
-        prepare_image(tmp_path / "none.png", 16)
-    with pytest.raises(ValueError, match="at most 50 times"):
-        prepare_image(np.zeros((2, 400, 3), np.uint8), 16)
-    with pytest.raises(ValueError, match="4x0 pixels"):
-        prepare_image(np.zeros((0, 4, 3), np.uint8), 16)
-    with pytest.raises(ValueError, match="cannot be read"):
-        prepare_image(np.zeros((4, 4, 7), np.uint8), 16)
-
-
-@pytest.mark.parametrize("limit", [100, 200])
-def test_decompression_bombs_are_refused(tmp_path, monkeypatch, limit):
-    path = tmp_path / "bomb.png"
-    PIL.Image.new("RGB", (16, 16)).save(path)
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", limit)  # Pillow warns above it, and fails above twice of it
-    with pytest.raises(ValueError, match="bomb.png"):
-        prepare_image(path, 16)
 
 
 def test_bad_arguments(trained):
