@@ -101,6 +101,7 @@ class SpeechTokenizer:
         self.params = params
         self.codebook = np.asarray(codebook, np.float32)
         self._encode, self._decode = jax.jit(self.codec.encode), jax.jit(self.codec.decode)
+        self._streams: dict[tuple[str, Window], Any] = {}
 
     @property
     def num_codes(self) -> int:
@@ -189,24 +190,27 @@ class SpeechTokenizer:
 
     def stream_encoder(self, window: Window = STREAM_WINDOW) -> EncoderStream | WindowedEncoder:
         """Encodes a waveform as it comes: exactly where the codec is causal, else within `window` (see there)."""
-        codec = streaming_codec(self.codec)
-        if codec is None:
-            return WindowedEncoder(self.codec, self._variables, window)
-        return EncoderStream(codec, self._variables)
+        codec, key = streaming_codec(self.codec), ("encoder", window)
+        if key not in self._streams:
+            # Kept, since a stream owns compiled functions; its states are values that callers hold.
+            self._streams[key] = (
+                EncoderStream(codec, self._variables) if codec else WindowedEncoder(self.codec, self._variables, window)
+            )
+        return self._streams[key]
 
     def stream_decoder(self, window: Window = STREAM_WINDOW) -> DecoderStream | WindowedDecoder:
         """Decodes codes as they come: exactly where the codec is causal, else within `window` (see there)."""
-        codec = streaming_codec(self.codec)
-        if codec is None:
-            return WindowedDecoder(self.codec, self._variables, window)
-        return DecoderStream(codec, self._variables)
+        codec, key = streaming_codec(self.codec), ("decoder", window)
+        if key not in self._streams:
+            self._streams[key] = (
+                DecoderStream(codec, self._variables) if codec else WindowedDecoder(self.codec, self._variables, window)
+            )
+        return self._streams[key]
 
     def with_codebooks(self, num_codebooks: int) -> SpeechTokenizer:
         """The same residual codec with its first codebooks only: fewer codes a second, coarser sound."""
         if not isinstance(self.config, SeanetCodec):
-            raise ValueError(
-                "only a codec with a residual quantizer can do with fewer codebooks; this one has a single one"
-            )
+            raise ValueError("this codec has a single codebook; only a residual quantizer can do with fewer")
         if not 1 <= num_codebooks <= self.num_codebooks:
             raise ValueError(f"num_codebooks must lie in 1..{self.num_codebooks}, not {num_codebooks}")
         config = dataclasses.replace(self.config, num_codebooks=num_codebooks)

@@ -1,7 +1,7 @@
 """Speech codecs one chunk at a time: a state and the next chunk in, a state and what is final out.
 
 States are values: nothing is changed in place, so a session can be kept, copied or dropped. Chunks may have any size;
-inside they are cut into powers of two, so that only a few shapes are ever compiled, whatever sizes arrive.
+inside they are cut into powers of four, so that only a few shapes are ever compiled, whatever sizes arrive.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ class StreamState:
 
 
 def _pieces(num_codes: int) -> Iterator[int]:
-    """13 -> 8, 4, 1."""
+    """13 -> 4, 4, 4, 1."""
+    piece = _LARGEST_PIECE
     while num_codes:
-        piece = min(_LARGEST_PIECE, 1 << (num_codes.bit_length() - 1))
+        while piece > num_codes:
+            piece //= 4
         yield piece
         num_codes -= piece
 

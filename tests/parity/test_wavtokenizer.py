@@ -1,0 +1,65 @@
+"""Codes and sound of WavTokenizer equal those of a torch build of it, through a checkpoint with the published names."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from aromni_jax.interop.wavtokenizer_files import load_wavtokenizer
+from aromni_jax.tokenizers.nets.wavtokenizer import WavTokenizer
+from tests.fixtures.wavtokenizer_torch import NUM_CODES, SMALL, WavTokenizerTorch
+
+TOLERANCE = 1e-4
+LENGTHS = (24_000, 1, 7, 599, 601, 13_001, 38_400)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    model = WavTokenizerTorch()
+    path = tmp_path_factory.mktemp("published") / "wavtokenizer.ckpt"
+    model.save(path)
+    return model, load_wavtokenizer(path, SMALL)
+
+
+def noises() -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [(0.3 * rng.normal(size=length) * np.linspace(0.2, 1, length)).astype(np.float32) for length in LENGTHS]
+
+
+def test_latents_and_codes_equal_the_reference(pair):
+    model, tokenizer = pair
+    assert (tokenizer.codes_per_second, tokenizer.num_codes, tokenizer.num_codebooks) == (40, NUM_CODES, 1)
+    waveforms = noises()
+    expected = [model.latents(waveform_T) for waveform_T in waveforms]
+    rows = np.zeros((len(waveforms), 64 * tokenizer.hop), np.float32)
+    for row, waveform_T in zip(rows, waveforms):
+        row[: len(waveform_T)] = waveform_T
+    latents_BUE = jax.jit(lambda params, *batch: WavTokenizer(SMALL).apply(params, *batch, method="encode"))(
+        {"params": tokenizer.params}, rows, np.array([len(waveform_T) for waveform_T in waveforms])
+    )
+    for ours_UE, theirs_UE in zip(np.asarray(latents_BUE), expected):
+        np.testing.assert_allclose(ours_UE[: len(theirs_UE)], theirs_UE, atol=1e-5 * np.abs(theirs_UE).max(), rtol=0)
+
+    found = tokenizer.encode(waveforms)
+    assert [codes.shape[1] for codes in found] == [len(theirs_UE) for theirs_UE in expected]
+    found = np.concatenate([codes[0] for codes in found])
+    theirs = np.concatenate([model.encode(waveform_T) for waveform_T in waveforms])
+    assert len(np.unique(theirs)) > 16
+    # Two codes as near as float32 can tell apart are a tie, which either side may win.
+    latents_XE, table_CE = np.concatenate(expected).astype(np.float64), tokenizer.codebook.astype(np.float64)
+    distances_XC = np.square(latents_XE[:, None] - table_CE).sum(axis=-1)
+    nearest = np.sort(distances_XC, axis=1)[:, :2]
+    tied = nearest[:, 1] - nearest[:, 0] < 1e-6 * np.square(latents_XE).sum(axis=1)
+    assert tied.mean() < 0.1
+    assert (found == theirs)[~tied].mean() >= 0.999
+
+
+def test_sound_equals_the_reference(pair):
+    model, tokenizer = pair
+    rng = np.random.default_rng(2)
+    codes = [rng.integers(0, NUM_CODES, length) for length in (1, 2, 3, 40, 64)]
+    for waveform_T, codes_U in zip(tokenizer.decode([codes_U[None] for codes_U in codes]), codes):
+        expected_T = model.decode(codes_U)
+        assert np.abs(expected_T).max() > 0.05
+        np.testing.assert_allclose(waveform_T, expected_T, atol=TOLERANCE, rtol=0)
