@@ -77,7 +77,10 @@ def next_token_loss(
         WeightedSum.zero(), WeightedSum.zero(), WeightedSum.zero(cells), WeightedSum.zero(cells), jnp.zeros(cells)
     )
     facts = (batch.targets_BL, batch.loss_weights_BL, batch.task_BL, batch.modality_BL)
-    sums, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), zero, tuple(map(chunked, (hidden_BLD, *facts))))
+    if chunk_length < L:
+        # Logits of one chunk at a time, computed again for the backward pass.
+        body = jax.checkpoint(body, prevent_cse=False)
+    sums, _ = jax.lax.scan(body, zero, tuple(map(chunked, (hidden_BLD, *facts))))
     return sums
 
 

@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from launch.host_memory import keep_freed_memory
+
 
 @dataclasses.dataclass(frozen=True)
 class CodecJob:
@@ -129,6 +131,7 @@ def main() -> int:
         # Before jax starts: its thread pools are as wide as the processors this process may use.
         os.sched_setaffinity(0, {job.core})
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    keep_freed_memory()
     try:
         train_codec(job, lambda metrics: print(json.dumps(metrics), flush=True))
     except ValueError as error:

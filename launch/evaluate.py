@@ -70,7 +70,7 @@ class EvaluationSizes:
     """How many held-out cases of each task and group are asked, and how many conversations the loss is taken over.
 
     `judge_examples` bounds how many training pictures, and how many utterances, the judges learn from. Pictures are
-    sampled at `image_temperature`; small models need less than the released 1.0.
+    sampled at `image_temperature` and `image_guidance`; small models need less than the released 1.0 and 3.07.
     """
 
     cases_per_group: dict[str, int] = dataclasses.field(
@@ -89,6 +89,7 @@ class EvaluationSizes:
     speech_seconds: float = 3.0
     text_tokens: int = 40
     image_temperature: float = 1.0
+    image_guidance: float = 3.07
 
 
 def evaluate_model(
@@ -140,7 +141,7 @@ def evaluate_model(
     if bundle.speech:
         per_second = bundle.speech.codes_per_second * len(vocab.speech)
         limits[Task.TEXT_TO_SPEECH] = round(sizes.speech_seconds * per_second) + 3
-    pictures = dataclasses.replace(RELEASED_IMAGE, temperature=sizes.image_temperature)
+    pictures = dataclasses.replace(RELEASED_IMAGE, temperature=sizes.image_temperature, guidance=sizes.image_guidance)
     suite = Suite(
         model=loaded.model,
         bundle=bundle,

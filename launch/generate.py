@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_seconds", type=float, default=10.0, metavar="S", help="longest speech (default: 10)")
     parser.add_argument("--temperature", type=float, metavar="T", help="of pictures and chat (default: as released)")
     parser.add_argument("--top_p", type=float, metavar="P", help="of pictures and chat (default: as released)")
+    parser.add_argument("--guidance", type=float, metavar="S", help="of pictures, 1 for none (default: as released)")
     parser.add_argument("--template", default="", metavar="NAME", help="prompt templates, where the model names none")
 
 
@@ -128,7 +129,7 @@ def main(args: argparse.Namespace) -> int:
     ]
     settings = {
         name: getattr(args, name)
-        for name in ("model", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p")
+        for name in ("model", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p", "guidance")
     }
     result = {"settings": settings, "step": loaded.step, "seconds": seconds, "answers": lines}
     (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -146,15 +147,14 @@ def answer(loaded: LoadedModel, requests: list[Request], args: argparse.Namespac
 
     vocab, bundle = loaded.model.vocab, loaded.bundle
 
-    def adjusted(mode: grammar.Mode) -> grammar.Mode:
-        given = {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
+    def adjusted(mode: grammar.Mode, *names: str) -> grammar.Mode:
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         return dataclasses.replace(mode, **given)
 
     tasks = {request.task: Task.from_name(request.task) for request in requests}
-    policies = {
-        task: grammar.policy_for(task, image=adjusted(grammar.RELEASED_IMAGE), text=adjusted(grammar.RELEASED_TEXT))
-        for task in tasks.values()
-    }
+    image = adjusted(grammar.RELEASED_IMAGE, "temperature", "top_p", "guidance")
+    text = adjusted(grammar.RELEASED_TEXT, "temperature", "top_p")
+    policies = {task: grammar.policy_for(task, image=image, text=text) for task in tasks.values()}
     speech_tokens = 0
     if bundle.speech:
         speech_tokens = round(args.max_seconds * bundle.speech.codes_per_second) * len(vocab.speech)

@@ -107,8 +107,10 @@ def run_training(
     from aromni_jax.train.state import abstract_state, init_state
     from aromni_jax.train.step import make_train_step
     from launch.heldout import HeldOutLosses
+    from launch.host_memory import keep_freed_memory
     from launch.training_data import open_data
 
+    keep_freed_memory()
     path = workdirs.prepare(workdir)
     resolved = json.loads(to_json(config))
     mesh = partitioning.make_mesh(config.mesh)
