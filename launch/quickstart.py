@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 from launch.flags import add_config_argument, load_config
+from launch.host_memory import keep_freed_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs every stage that is not done and prints where the report is."""
     config_dict = load_config(args)
+    keep_freed_memory()
     from aromni_jax.config import from_mapping
     from launch.quickstart_job import REPORT_FILE, Interrupted, QuickstartConfig, QuickstartJob
     from launch.stages import format_seconds, run_stages

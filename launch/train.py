@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import distributed
 from launch.flags import add_config_argument, load_config
+from launch.host_memory import keep_freed_memory_on_cpu
 
 if TYPE_CHECKING:
     import jax
@@ -40,6 +41,7 @@ def main(args: argparse.Namespace) -> int:
     """Trains until `total_steps`, or until SIGTERM or SIGINT, which save and end with exit status 0."""
     config_dict = load_config(args)
     start_logging()
+    keep_freed_memory_on_cpu()
     distributed.connect(args)
     distributed.quiet_all_but_one()
 
@@ -107,10 +109,8 @@ def run_training(
     from aromni_jax.train.state import abstract_state, init_state
     from aromni_jax.train.step import make_train_step
     from launch.heldout import HeldOutLosses
-    from launch.host_memory import keep_freed_memory
     from launch.training_data import open_data
 
-    keep_freed_memory()
     path = workdirs.prepare(workdir)
     resolved = json.loads(to_json(config))
     mesh = partitioning.make_mesh(config.mesh)
