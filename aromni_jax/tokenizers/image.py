@@ -17,7 +17,9 @@ import PIL.Image
 from aromni_jax import config as config_lib
 from aromni_jax.arrays import FloatArray, IntArray, PyTree
 from aromni_jax.tokenizers import storage
+from aromni_jax.tokenizers.adversarial import AdversarialRecipe, Adversary
 from aromni_jax.tokenizers.nets import quantize
+from aromni_jax.tokenizers.nets.patchgan import PatchGAN, PatchGANConfig
 from aromni_jax.tokenizers.nets.vqgan import VQGAN, VQGANConfig
 from aromni_jax.tokenizers.pictures import prepare_image
 from aromni_jax.tokenizers.training import CodecNet, CodecRecipe, Progress, train_codec
@@ -33,6 +35,7 @@ class ImageTokenizerConfig:
 
     `normalize_latents` is what training here does; the published nets compare raw latents with their codes.
     `encoder_only` is a published net whose decoder is kept elsewhere: it makes codes, and pictures of none.
+    `discriminator` and `adversarial`, both or neither, make a VQGAN of the VQ-VAE.
     """
 
     net: VQGANConfig
@@ -43,6 +46,12 @@ class ImageTokenizerConfig:
     recipe: CodecRecipe
     normalize_latents: bool = True
     encoder_only: bool = False
+    discriminator: PatchGANConfig | None = None
+    adversarial: AdversarialRecipe | None = None
+
+    def __post_init__(self) -> None:
+        if (self.discriminator is None) != (self.adversarial is None):
+            raise ValueError("discriminator and adversarial belong together: set both, or neither")
 
 
 QUICKSTART = ImageTokenizerConfig(
@@ -93,6 +102,8 @@ CHAMELEON = ImageTokenizerConfig(
     l2_weight=0.0,
     gradient_weight=0.5,
     normalize_latents=False,
+    discriminator=PatchGANConfig(channels=64, num_layers=3),
+    adversarial=AdversarialRecipe(start_fraction=0.25, weight=0.8, learning_rate=7e-5),
     recipe=CodecRecipe(
         total_steps=1_000_000,
         batch_size=16,
@@ -105,6 +116,7 @@ CHAMELEON = ImageTokenizerConfig(
         revive_below=0.05,
         clip_norm=1.0,
         log_every_steps=100,
+        codebook_update="gradient",
     ),
 )
 """The published shape: 512x512 pictures, 32x32 codes of 8192, 68.7 million values. Its recipe was not run here."""
@@ -226,8 +238,9 @@ def train_image_tokenizer(
 ) -> ImageTokenizer:
     """Trains on uint8 pictures [N, image_size, image_size, 3]; goes on where an interrupted call stopped.
 
-    `progress` receives step, total_steps, loss, psnr (dB on the training batch) and perplexity. Equal arguments give an
-    equal tokenizer on the same kind of device.
+    `progress` receives step, total_steps, loss, psnr (dB on the training batch), perplexity and codes_used (the share
+    of the codebook that is alive), and once a discriminator is at work its loss and scores, the generator's loss and
+    its weight. Equal arguments give an equal tokenizer on the same kind of device.
 
     Raises:
       ValueError: pictures of another shape, none at all, or a `workdir` used with other settings or pictures.
@@ -251,6 +264,9 @@ def train_image_tokenizer(
         psnr = 10 * jnp.log10(4 / jnp.maximum(squared, 1e-10))
         return total + config.gradient_weight * gradient, {"psnr": psnr}
 
+    adversary = None
+    if config.discriminator and config.adversarial:
+        adversary = Adversary(PatchGAN(config.discriminator), config.adversarial, ("decoder", "conv_out", "kernel"))
     data = hashlib.sha256(np.ascontiguousarray(pixels_NHWC).tobytes()).hexdigest()[:16]
     identity = json.dumps({"config": storage.describe(config), "seed": seed, "pictures": data}, sort_keys=True)
     params, codebook_CE = train_codec(
@@ -264,6 +280,8 @@ def train_image_tokenizer(
         workdir=workdir,
         identity=identity,
         progress=progress,
+        normalize_latents=config.normalize_latents,
+        adversary=adversary,
     )
     return ImageTokenizer(config, params, codebook_CE)
 

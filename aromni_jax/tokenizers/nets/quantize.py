@@ -51,6 +51,11 @@ def update(codebook: Codebook, latents_XE: FloatArray, codes_X: IntArray, decay:
     return _with_embedding(codebook.embedding_CE, sum_CE, count_C)
 
 
+def placed_at(codebook: Codebook, embedding_CE: FloatArray) -> Codebook:
+    """The same use of codes that stand elsewhere, for a codebook that learns by gradient."""
+    return Codebook(embedding_CE, embedding_CE * codebook.count_C[:, None], codebook.count_C)
+
+
 def revive(codebook: Codebook, latents_XE: FloatArray, rng: jax.Array, below: float) -> Codebook:
     """Gives codes used less than `below` times the average a latent of this batch to start from.
 
