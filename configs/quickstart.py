@@ -30,9 +30,9 @@ def get_config(variant: str = "") -> ConfigDict:
             mlp_dim=352,
             scan_layers=False,
         )
-    train.total_steps = 3_200
+    train.total_steps = 2_900
     train.global_batch_size = 3
-    train.sequence_length = 320
+    train.sequence_length = 336
     train.optimizer.name = "muon"
     train.optimizer.learning_rate = 1e-2
     train.optimizer.warmup_steps = 40
@@ -54,7 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
         dict(
             seed=0,
             corpus=dict(
-                train_scenes=1500,
+                train_scenes=3000,
                 heldout_scenes=120,
                 heldout_scans=297,
                 digit_utterances_per_voice=60,
@@ -82,7 +82,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 image_guidance=2.0,
             ),
             expected_seconds=dict(
-                corpus=12.0, tokenizers=170.0, pretokenize=25.0, train=440.0, export=1.0, evaluate=75.0, report=1.0
+                corpus=14.0, tokenizers=115.0, pretokenize=28.0, train=590.0, export=1.0, evaluate=62.0, report=1.0
             ),
         ),
         type_safe=True,

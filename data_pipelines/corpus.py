@@ -68,7 +68,7 @@ Record = dict[str, Any]
 class CorpusSizes:
     """How many pictures and utterances; conversations follow from them."""
 
-    train_scenes: int = 1500
+    train_scenes: int = 3000
     heldout_scenes: int = 120
     heldout_scans: int = 297
     digit_utterances_per_voice: int = 60
@@ -346,12 +346,12 @@ def _conversations(
 
     def drawings(record: Record, texts: list[str]) -> Iterator[Record]:
         """In training the picture is asked for in every wording: drawing takes more examples than anything else."""
-        for tag, text in zip("abcd", texts if split == "train" else texts[:1]):
+        for tag, text in zip("ab", texts if split == "train" else texts[:1]):
             yield conversation("text_to_image", record, [{"text": text}], [{"image": record["path"]}], {"tag": tag})
 
-    def is_asked_about(index: int) -> bool:
-        """In training every second picture: what it costs in tokens is better spent on drawing."""
-        return split != "train" or index % 2 == 0
+    def takes_turn(index: int, turn: int) -> bool:
+        """In training a picture is read for every second purpose: its tokens are better spent on drawing."""
+        return split != "train" or index % 2 == turn
 
     for index, record in enumerate(digit_records):
         rng = _rng(seed, "digit text", record["name"])
@@ -360,7 +360,7 @@ def _conversations(
         yield from drawings(record, asked)
         yield conversation("caption", record, [image], [{"text": told}], {"words": word})
         question = _DIGIT_QUESTIONS[int(rng.integers(len(_DIGIT_QUESTIONS)))]
-        if is_asked_about(index):
+        if takes_turn(index, 0):
             yield conversation("question", record, [image, {"text": question}], [{"text": word}], {"words": word})
 
     for index, record in enumerate(record for record in scene_records if record["split"] == split):
@@ -369,18 +369,21 @@ def _conversations(
             scene_of[record["name"]],
             {"image": record["path"]},
         )
-        captions = [scenes.caption(scene, rng) for _ in range(6)]
-        yield from drawings(record, [captions[0], scenes.short_phrase(scene, rng), *captions[4:]])
-        yield conversation("caption", record, [image], [{"text": captions[1]}], {"words": captions[1]})
+        captions = [scenes.caption(scene, rng) for _ in range(4)]
+        yield from drawings(record, [captions[0], scenes.short_phrase(scene, rng)])
+        if takes_turn(index, 0):
+            yield conversation("caption", record, [image], [{"text": captions[1]}], {"words": captions[1]})
         question, answer = scenes.question(scene, rng)
-        if is_asked_about(index):
+        if takes_turn(index, 1):
             yield conversation(
                 "question", record, [image, {"text": question}], [{"text": answer}], {"tag": "seen", "words": answer}
             )
         question, answer = scenes.question(scene, rng)
         read = [{"text": f"{captions[2]}. {question}"}]
-        yield conversation("question", record, read, [{"text": answer}], {"tag": "read", "words": answer})
-        yield conversation("text", record, [], [{"text": captions[3]}])
+        if takes_turn(index, 0):
+            yield conversation("question", record, read, [{"text": answer}], {"tag": "read", "words": answer})
+        if takes_turn(index, 1):
+            yield conversation("text", record, [], [{"text": captions[3]}])
 
     for record in spoken:
         words, sound = record["facts"]["words"], {"speech": record["path"]}
