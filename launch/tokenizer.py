@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ _SUFFIXES = {
     "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"),
     "speech": (".wav", ".flac", ".ogg"),
 }
+
+_PICTURES_ON_PAGE = 48
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="", help="of a manifest, read only this split")
     parser.add_argument("--vocab_size", type=int, default=1024, help="train --kind=text: number of pieces")
+    parser.add_argument(
+        "--recipe",
+        default="quickstart",
+        metavar="NAME|FILE",
+        help="train --kind=image|speech: quickstart, chameleon (image), or a file like a saved tokenizer's config.json",
+    )
     parser.add_argument("--total_steps", type=int, help="train --kind=image|speech: overrides the recipe")
     parser.add_argument("--num_codes", type=int, help="train --kind=image|speech: overrides the size of the codebook")
     parser.add_argument("--image_size", type=int, help="import --kind=image: pixels, where the files do not say")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="evaluate: also write the table as JSON")
+    parser.add_argument(
+        "--report", metavar="FILE", help="evaluate --kind=image: a page of originals beside their reconstructions"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -70,7 +81,7 @@ def _train(args: argparse.Namespace) -> None:
         print(f"{text.size} pieces, fingerprint {text.fingerprint[:16]}, in {args.tokenizer}")
         return
     workdir, meter = Path(args.tokenizer) / "training", _Meter()
-    config: Any = image.QUICKSTART if args.kind == "image" else speech.QUICKSTART
+    config = _recipe(args)
     if args.num_codes:
         config = dataclasses.replace(config, num_codes=args.num_codes)
     if args.total_steps:
@@ -86,6 +97,22 @@ def _train(args: argparse.Namespace) -> None:
         tokenizer = speech.train_speech_tokenizer(waveforms, config, args.seed, workdir, meter)
     tokenizer.save(args.tokenizer)
     print(f"{tokenizer.num_codes} codes, fingerprint {tokenizer.fingerprint[:16]}, in {args.tokenizer}")
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    """What --recipe names: a config of this house, or a file like the config.json of a saved tokenizer."""
+    from aromni_jax.config import from_mapping
+    from aromni_jax.tokenizers import image, speech, storage
+
+    named: dict[str, Any] = {"quickstart": image.QUICKSTART, "chameleon": image.CHAMELEON}
+    kind: Any = image.ImageTokenizerConfig
+    if args.kind == "speech":
+        named, kind = {"quickstart": speech.QUICKSTART}, speech.SpeechTokenizerConfig
+    if args.recipe in named:
+        return named[args.recipe]
+    if not Path(args.recipe).is_file():
+        raise FileNotFoundError(f"--recipe={args.recipe} is neither a file nor one of {', '.join(named)}")
+    return from_mapping(kind, storage.read_json(args.recipe))
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -177,16 +204,38 @@ def _evaluate_text(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate_image(args: argparse.Namespace) -> dict[str, Any]:
-    tokenizer = _image_tokenizer(args)
-    pixels = np.stack([tokenizer.prepare(path) for path in _paths(args)])
-    codes = tokenizer.encode(pixels)
-    squared = np.square(tokenizer.decode(codes).astype(np.float64) - pixels).mean(axis=(1, 2, 3))
-    return {
+    from aromni_jax.evaluation.codec_page import image_codec_page
+    from aromni_jax.evaluation.picture_quality import psnr_db, ssim
+
+    tokenizer, paths = _image_tokenizer(args), _paths(args)
+    pixels = np.stack([tokenizer.prepare(path) for path in paths])
+    codes, encode_seconds = _timed(tokenizer.encode, pixels)
+    decoded, decode_seconds = _timed(tokenizer.decode, codes)
+    decibels = psnr_db(decoded, pixels)
+    numbers = {
         "pictures": len(pixels),
-        "psnr_db": float(np.mean(10 * np.log10(255**2 / np.maximum(squared, 1e-3)))),
-        "psnr_db_of_mean_error": float(10 * np.log10(255**2 / np.maximum(squared.mean(), 1e-3))),
+        "pixels": tokenizer.image_size,
+        "codes_per_picture": tokenizer.tokens_per_image,
+        "psnr_db": float(decibels.mean()),
+        "psnr_db_of_mean_error": float(-10 * np.log10(np.mean(10 ** (-decibels / 10)))),
+        "ssim": float(ssim(decoded, pixels).mean()),
         **_code_use(codes, tokenizer.num_codes),
+        "encode_codes_per_second": codes.size / encode_seconds,
+        "decode_codes_per_second": codes.size / decode_seconds,
     }
+    if args.report:
+        shown = slice(_PICTURES_ON_PAGE)
+        names = [path.name for path in paths[shown]]
+        page = image_codec_page(numbers, pixels[shown], decoded[shown], names, decibels[shown])
+        Path(args.report).write_text(page, encoding="utf-8")
+    return numbers
+
+
+def _timed(function: Callable[[np.ndarray], np.ndarray], items: np.ndarray) -> tuple[np.ndarray, float]:
+    """The result, and the seconds it took once compiled."""
+    function(items[:1])
+    start = time.perf_counter()
+    return function(items), time.perf_counter() - start
 
 
 def _evaluate_speech(args: argparse.Namespace) -> dict[str, Any]:

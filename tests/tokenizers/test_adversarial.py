@@ -92,7 +92,9 @@ def test_plain_vq_vae_learns_its_codes_by_gradient(tmp_path):
     assert loaded.fingerprint == tokenizer.fingerprint
     codes_BP = loaded.encode(test_image.pictures())
     error = loaded.decode(codes_BP).astype(float) - test_image.pictures()
-    assert np.square(error).mean() < 0.9 * test_image.pictures().var(), "better than the best constant"
+    # What was saved quantizes as training did: the same quality, up to the difference between batches.
+    round_trip_db = 10 * np.log10(255**2 / np.square(error).mean())
+    assert round_trip_db == pytest.approx(np.mean([entry["psnr"] for entry in log[-3:]]), abs=1.5)
     moving = dataclasses.replace(config, recipe=dataclasses.replace(recipe, codebook_update="ema"))
     other = train_image_tokenizer(test_image.pictures(), moving, 0, tmp_path / "other")
     assert not np.allclose(other.codebook_CE, tokenizer.codebook_CE, atol=1e-3)

@@ -8,10 +8,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import soundfile
+import test_adversarial
 import test_bundle
 import test_image
 import test_speech
 
+from aromni_jax.config import to_json
 from aromni_jax.interop.vqgan_files import write_vqgan
 from aromni_jax.tokenizers.image import ImageTokenizer
 from launch.cli import run
@@ -61,7 +63,28 @@ def test_pictures(corpus, tmp_path):
     table = tmp_path / "table.json"
     split = ("--split=train", f"--json={table}")
     assert tokenizer("evaluate", *flags, f"--input={corpus / 'manifest.jsonl'}", *split) == 0
-    assert json.loads(table.read_text())["pictures"] == 2
+    numbers = json.loads(table.read_text())
+    assert numbers["pictures"] == 2 and numbers["codes_per_picture"] == 16
+    assert -1 <= numbers["ssim"] <= 1 and numbers["psnr_db"] > 0 and numbers["encode_codes_per_second"] > 0
+    page = tmp_path / "page.html"
+    assert tokenizer("evaluate", *flags, f"--input={corpus}", f"--report={page}") == 0
+    assert page.read_text().count("data:image/png;base64,") == 6
+
+
+def test_a_recipe_is_a_file_like_the_config_of_a_saved_tokenizer(corpus, tmp_path, capsys):
+    recipe = json.loads(to_json(test_adversarial.GAN))
+    recipe["recipe"]["total_steps"] = 12
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    flags = ("train", "--kind=image", f"--tokenizer={tmp_path / 'vqgan'}", f"--input={corpus}")
+    assert tokenizer(*flags, f"--recipe={tmp_path / 'recipe.json'}") == 0
+    assert "discriminator" in capsys.readouterr().out
+    assert ImageTokenizer.load(tmp_path / "vqgan").config.discriminator == test_adversarial.GAN.discriminator
+    assert tokenizer(*flags, "--recipe=camelon") == 1
+    assert "neither a file nor one of quickstart, chameleon" in capsys.readouterr().err
+    recipe["discriminater"] = recipe.pop("discriminator")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert tokenizer(*flags, f"--recipe={tmp_path / 'recipe.json'}") == 1
+    assert "did you mean 'discriminator'" in capsys.readouterr().err
 
 
 def test_published_picture_files(tmp_path, capsys):
