@@ -19,7 +19,7 @@ from aromni_jax.tokenizers import storage
 from aromni_jax.tokenizers.nets import spectral
 from aromni_jax.tokenizers.nets.vocos import Vocos, VocosConfig
 from aromni_jax.tokenizers.speech_codecs import Codec, SeanetCodec, VocosCodec, WavTokenizerCodec, streaming_codec
-from aromni_jax.tokenizers.speech_input import checked_waveform, prepare_sound
+from aromni_jax.tokenizers.speech_input import Report, checked_waveform, prepare_sound
 from aromni_jax.tokenizers.speech_stream import DecoderStream, EncoderStream, Window, WindowedDecoder, WindowedEncoder
 from aromni_jax.tokenizers.training import CodecRecipe, Progress, train_codec
 
@@ -184,9 +184,11 @@ class SpeechTokenizer:
                 waveforms[i] = waveform_BT[row, : lengths_B[row] * self.hop].copy()
         return waveforms
 
-    def prepare(self, sound: np.ndarray | str | Path, rate_hz: int | None = None) -> np.ndarray:
+    def prepare(
+        self, sound: np.ndarray | str | Path, rate_hz: int | None = None, report: Report = lambda line: None
+    ) -> np.ndarray:
         """Any sound, or the path of one, as float32 mono at `sample_rate_hz`: see `prepare_sound`."""
-        return prepare_sound(sound, rate_hz, self.sample_rate_hz)
+        return prepare_sound(sound, rate_hz, self.sample_rate_hz, report)
 
     def stream_encoder(self, window: Window = STREAM_WINDOW) -> EncoderStream | WindowedEncoder:
         """Encodes a waveform as it comes: exactly where the codec is causal, else within `window` (see there)."""

