@@ -116,8 +116,11 @@ def _recipe(args: argparse.Namespace) -> Any:
 
 
 def _import(args: argparse.Namespace) -> None:
-    if args.kind != "image":
-        raise ValueError(f"import knows the published files of --kind=image, not of {args.kind}")
+    if args.kind == "text":
+        raise ValueError("import knows the published files of --kind=image and speech, not of text")
+    if args.kind == "speech":
+        _import_speech(args)
+        return
     from aromni_jax.interop.vqgan_files import PublishedVQGAN
 
     opened = PublishedVQGAN(args.input, args.image_size)
@@ -131,12 +134,30 @@ def _import(args: argparse.Namespace) -> None:
         print("the files hold no decoder: pictures become codes, and codes no pictures")
 
 
-def _export(args: argparse.Namespace) -> None:
-    if args.kind != "image":
-        raise ValueError(f"export writes the published files of --kind=image, not of {args.kind}")
-    from aromni_jax.interop.vqgan_files import write_vqgan
+def _import_speech(args: argparse.Namespace) -> None:
+    """A directory is an EncodecModel, a file a WavTokenizer."""
+    from aromni_jax.interop.encodec_files import load_encodec
+    from aromni_jax.interop.wavtokenizer_files import load_wavtokenizer
 
-    write_vqgan(_image_tokenizer(args), args.output)
+    tokenizer = load_encodec(args.input) if Path(args.input).is_dir() else load_wavtokenizer(args.input)
+    tokenizer.save(args.tokenizer)
+    rate = f"{tokenizer.num_codebooks} codebook(s) of {tokenizer.num_codes} at {tokenizer.codes_per_second:g} codes/s"
+    print(f"{rate}, {tokenizer.sample_rate_hz} Hz, fingerprint {tokenizer.fingerprint[:16]}, in {args.tokenizer}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.kind == "text":
+        raise ValueError("export writes the published files of --kind=image and speech, not of text")
+    if args.kind == "image":
+        from aromni_jax.interop.vqgan_files import write_vqgan
+
+        write_vqgan(_image_tokenizer(args), args.output)
+    else:
+        from aromni_jax.interop.encodec_files import save_encodec
+        from aromni_jax.interop.wavtokenizer_files import save_wavtokenizer
+
+        save = save_wavtokenizer if Path(args.output).suffix in (".ckpt", ".safetensors") else save_encodec
+        save(_speech_tokenizer(args), args.output)
     print(args.output)
 
 

@@ -12,10 +12,14 @@ import test_adversarial
 import test_bundle
 import test_image
 import test_speech
+import torch
+import transformers
 
 from aromni_jax.config import to_json
+from aromni_jax.interop.encodec_files import load_encodec
 from aromni_jax.interop.vqgan_files import write_vqgan
 from aromni_jax.tokenizers.image import ImageTokenizer
+from aromni_jax.tokenizers.speech import SpeechTokenizer
 from launch.cli import run
 from tests.fixtures.vqgan_tokenizer import random_tokenizer
 
@@ -107,6 +111,29 @@ def test_published_picture_files(tmp_path, capsys):
     assert tokenizer("export", *flags) == 1 and tokenizer("import", *flags) == 1
     errors = capsys.readouterr().err
     assert "needs --output" in errors and "needs --input" in errors
+
+
+def test_published_speech_files(tmp_path, capsys):
+    """An EncodecModel directory and a WavTokenizer checkpoint in, codes of a sound, and the same files out."""
+    torch.manual_seed(0)
+    config = transformers.EncodecConfig(
+        num_filters=2, hidden_size=4, codebook_size=16, upsampling_ratios=[4, 2], target_bandwidths=[24.0]
+    )
+    transformers.EncodecModel(config).save_pretrained(tmp_path / "encodec")
+    flags = ("--kind=speech", f"--tokenizer={tmp_path / 'ours'}")
+    assert tokenizer("import", *flags, f"--input={tmp_path / 'encodec'}") == 0
+    assert "codebook(s) of 16" in capsys.readouterr().out
+    soundfile.write(tmp_path / "a.wav", np.sin(np.arange(4800) / 20).astype(np.float32), 24_000)
+    assert tokenizer("encode", *flags, f"--input={tmp_path / 'a.wav'}", f"--output={tmp_path / 'a.npy'}") == 0
+    ours = SpeechTokenizer.load(tmp_path / "ours")
+    assert np.load(tmp_path / "a.npy").shape == (ours.num_codebooks, 600)
+    assert tokenizer("export", *flags, f"--output={tmp_path / 'again'}") == 0
+    assert load_encodec(tmp_path / "again").fingerprint == ours.fingerprint
+    assert tokenizer("export", *flags, f"--output={tmp_path / 'wrong.ckpt'}") == 1
+    assert "only a WavTokenizer" in capsys.readouterr().err
+    assert tokenizer("import", *flags, f"--input={tmp_path / 'missing.ckpt'}") == 1
+    assert "does not exist" in capsys.readouterr().err
+    assert tokenizer("import", "--kind=text", *flags[1:], f"--input={tmp_path / 'encodec'}") == 1
 
 
 def test_sound(corpus, tmp_path):
