@@ -8,19 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_fakes import make_dataset
 
 from aromni_jax.config import TrainConfig, from_mapping
 from aromni_jax.train.metrics import MetricsWindow
 from configs.common import set_mixture
 from configs.pretrain import get_config
 from launch.train import run_training
+from tests.fixtures.data_fakes import make_dataset
 
 
 def config_for(data: pathlib.Path, evaluation: dict[str, str], **changes: Any) -> TrainConfig:
     config = get_config("debug")
     set_mixture(config, {"all": {"path": str(data), "weight": 1.0}})
     config.update(dict(total_steps=4, sequence_length=128, global_batch_size=8, log_every_steps=2) | changes)
+    config.optimizer.warmup_steps = 1
     config.loss.perceptual_weight = 0.0
     with config.data.ignore_type():
         config.data.evaluation = evaluation
