@@ -13,8 +13,8 @@ def keep_freed_memory() -> None:
     """Makes glibc keep what is freed; does nothing with another C library. Call it before jax starts its threads.
 
     XLA's CPU backend asks for the temporaries of a program at every call. glibc maps such large pieces afresh and the
-    kernel clears them page by page, which costs a small model a fifth of its step. Memory then never shrinks, so this
-    is not for hosts of accelerators (`keep_freed_memory_on_cpu`).
+    kernel clears them page by page: a fifth of the processors' time while the quickstart trains (configs/LOG.md).
+    Memory then never shrinks, so this is not for hosts of accelerators (`keep_freed_memory_on_cpu`).
     """
     if platform.libc_ver()[0] != "glibc":
         return
