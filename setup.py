@@ -42,7 +42,13 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["aromni_jax*", "configs*", "data_pipelines*", "launch*"]),
     package_data={
-        "aromni_jax": ["ARCHITECTURE.md", "tokenizers/templates/*.json", "evaluation/assets/*"],
+        "aromni_jax": [
+            "ARCHITECTURE.md",
+            "tokenizers/templates/*.json",
+            "tokenizers/weights/*.json",
+            "tokenizers/weights/*/*",
+            "evaluation/assets/*",
+        ],
         "configs": ["LOG.md"],
         "launch": ["*.sh", "*.sbatch", "*.yaml", "Dockerfile"],
     },

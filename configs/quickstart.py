@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
             mlp_dim=352,
             scan_layers=False,
         )
-    train.total_steps = 2_450
+    train.total_steps = 2_900
     train.global_batch_size = 3
     train.sequence_length = 336
     train.optimizer.name = "muon"
@@ -45,7 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
             caption=dict(image=0.2),
             question=dict(image=0.2),
             speech_to_text=dict(speech=0.3),
-            text_to_speech=dict(text=0.3),
+            text_to_speech=dict(text=0.3, speech=1.5),
         )
     )
     train.checkpoint.save_every_steps = 100
@@ -54,15 +54,15 @@ def get_config(variant: str = "") -> ConfigDict:
         dict(
             seed=0,
             corpus=dict(
-                train_scenes=3000,
+                train_scenes=6000,
                 heldout_scenes=120,
                 heldout_scans=297,
-                digit_utterances_per_voice=60,
-                phrase_utterances=1000,
+                digit_utterances_per_voice=120,
+                phrase_utterances=2000,
                 heldout_digit_utterances_per_voice=20,
                 heldout_phrases_per_voice=30,
             ),
-            tokenizers=dict(text_vocab_size=600, image_steps=1200, speech_steps=900),
+            tokenizers=dict(codecs="shipped", text_vocab_size=600, image_steps=1200, speech_steps=900),
             train=train,
             evaluate=dict(
                 cases_per_group=dict(
@@ -82,7 +82,14 @@ def get_config(variant: str = "") -> ConfigDict:
                 image_guidance=2.0,
             ),
             expected_seconds=dict(
-                corpus=15.0, tokenizers=125.0, pretokenize=32.0, train=520.0, export=1.0, evaluate=62.0, report=1.0
+                corpus=22.0,
+                tokenizers=6.0,
+                codecs=120.0,
+                pretokenize=32.0,
+                train=600.0,
+                export=1.0,
+                evaluate=62.0,
+                report=1.0,
             ),
         ),
         type_safe=True,
@@ -112,6 +119,6 @@ def tiny(config: ConfigDict) -> ConfigDict:
         config.evaluate.cases_per_group[task] = 4
     config.evaluate.update(loss_cases_per_group=4, judge_examples=200, batch_size=16, speech_seconds=0.5, text_tokens=8)
     config.expected_seconds.update(
-        corpus=5.0, tokenizers=30.0, pretokenize=10.0, train=10.0, export=1.0, evaluate=20.0, report=1.0
+        corpus=5.0, tokenizers=3.0, codecs=28.0, pretokenize=10.0, train=10.0, export=1.0, evaluate=20.0, report=1.0
     )
     return config

@@ -30,7 +30,7 @@ from PIL import Image as PilImage
 from data_pipelines import espeak, scenes
 from data_pipelines.espeak import Utterance
 
-VERSION = 3
+VERSION = 4
 """Raised whenever the same (sizes, seed) would give other files."""
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -68,11 +68,11 @@ Record = dict[str, Any]
 class CorpusSizes:
     """How many pictures and utterances; conversations follow from them."""
 
-    train_scenes: int = 3000
+    train_scenes: int = 6000
     heldout_scenes: int = 120
     heldout_scans: int = 297
-    digit_utterances_per_voice: int = 60
-    phrase_utterances: int = 1000
+    digit_utterances_per_voice: int = 120
+    phrase_utterances: int = 2000
     heldout_digit_utterances_per_voice: int = 20
     heldout_phrases_per_voice: int = 30
 
@@ -344,23 +344,20 @@ def _conversations(
             "facts": media["facts"] | {"holdout": media["holdout"]} | (extra or {}),
         }
 
-    def drawings(record: Record, texts: list[str]) -> Iterator[Record]:
-        """In training the picture is asked for in every wording: drawing takes more examples than anything else."""
-        for tag, text in zip("ab", texts if split == "train" else texts[:1]):
-            yield conversation("text_to_image", record, [{"text": text}], [{"image": record["path"]}], {"tag": tag})
-
-    def takes_turn(index: int, turn: int) -> bool:
-        """In training a picture is read for every second purpose: its tokens are better spent on drawing."""
-        return split != "train" or index % 2 == turn
+    def takes_turn(index: int, turn: int, turns: int) -> bool:
+        """In training a picture is read for one purpose of several: tokens are better spent on drawing."""
+        return split != "train" or index % turns == turn
 
     for index, record in enumerate(digit_records):
         rng = _rng(seed, "digit text", record["name"])
         word, image = DIGIT_WORDS[int(record["facts"]["label"])], {"image": record["path"]}
-        *asked, told = (_DIGIT_CAPTIONS[int(i)].format(word) for i in rng.integers(len(_DIGIT_CAPTIONS), size=3))
-        yield from drawings(record, asked)
+        *wordings, told = (_DIGIT_CAPTIONS[int(i)].format(word) for i in rng.integers(len(_DIGIT_CAPTIONS), size=3))
+        # There are few scans, so in training each is asked for in two wordings.
+        for tag, text in zip("ab", wordings if split == "train" else wordings[:1]):
+            yield conversation("text_to_image", record, [{"text": text}], [image], {"tag": tag})
         yield conversation("caption", record, [image], [{"text": told}], {"words": word})
         question = _DIGIT_QUESTIONS[int(rng.integers(len(_DIGIT_QUESTIONS)))]
-        if takes_turn(index, 0):
+        if takes_turn(index, 0, 2):
             yield conversation("question", record, [image, {"text": question}], [{"text": word}], {"words": word})
 
     for index, record in enumerate(record for record in scene_records if record["split"] == split):
@@ -370,19 +367,21 @@ def _conversations(
             {"image": record["path"]},
         )
         captions = [scenes.caption(scene, rng) for _ in range(4)]
-        yield from drawings(record, [captions[0], scenes.short_phrase(scene, rng)])
-        if takes_turn(index, 0):
+        # In training every second picture is asked for in few words, as it is aloud.
+        asked = scenes.short_phrase(scene, rng) if split == "train" and index % 2 else captions[0]
+        yield conversation("text_to_image", record, [{"text": asked}], [image])
+        if takes_turn(index, 0, 4):
             yield conversation("caption", record, [image], [{"text": captions[1]}], {"words": captions[1]})
         question, answer = scenes.question(scene, rng)
-        if takes_turn(index, 1):
+        if takes_turn(index, 1, 4):
             yield conversation(
                 "question", record, [image, {"text": question}], [{"text": answer}], {"tag": "seen", "words": answer}
             )
         question, answer = scenes.question(scene, rng)
         read = [{"text": f"{captions[2]}. {question}"}]
-        if takes_turn(index, 0):
+        if takes_turn(index, 2, 4):
             yield conversation("question", record, read, [{"text": answer}], {"tag": "read", "words": answer})
-        if takes_turn(index, 1):
+        if takes_turn(index, 3, 4):
             yield conversation("text", record, [], [{"text": captions[3]}])
 
     for record in spoken:

@@ -40,9 +40,10 @@ class PretokenizeConfig:
     """What becomes a data set.
 
     `source` is a JSONL manifest (see `sources`), `split` the part of it to take ("" for all), `heldout_fraction` the
-    share of groups that is held out where lines name no split. `tokenizers` is a saved TokenizerBundle. A conversation
-    of more than `max_tokens` tokens (0: no limit) is dropped and counted, or an error, as `too_long` says. Records that
-    cannot be used go to the quarantine file with the reason; more than `max_bad_fraction` of them stop the run.
+    share of groups that is held out where lines name no split. `tokenizers` is a saved TokenizerBundle, or a directory
+    of its parts. A conversation of more than `max_tokens` tokens (0: no limit) is dropped and counted, or an error, as
+    `too_long` says. Records that cannot be used go to the quarantine file with the reason; more than
+    `max_bad_fraction` of them stop the run.
     """
 
     source: str
@@ -103,8 +104,7 @@ class _Job:
         self.config = config
         self.directory = directory
         self.source = ManifestSource(config.source, split=config.split, heldout_fraction=config.heldout_fraction)
-        self.bundle = bundle or TokenizerBundle.load(config.tokenizers)
-        self.vocab = self.bundle.vocab() if bundle else _saved_vocab(config.tokenizers)
+        self.bundle, self.vocab = _opened(config.tokenizers) if bundle is None else (bundle, bundle.vocab())
         self.templates: Templates = load_templates(config.templates)
         self.num_units = -(-len(self.source) // config.records_per_shard)
         # Where things lie and how many are encoded at once does not change a shard; everything else does.
@@ -316,9 +316,16 @@ class _Job:
         )
 
 
-def _saved_vocab(tokenizers: str) -> JointVocab:
-    """The layout saved with the tokenizers: it may be another than the one they would be given today."""
-    return JointVocab.from_json((pathlib.Path(tokenizers) / records.VOCAB_FILE).read_text())
+def _opened(tokenizers: str) -> tuple[TokenizerBundle, JointVocab]:
+    """A saved bundle with its vocabulary, or tokenizers made one by one and a vocabulary for them.
+
+    A saved layout may be another than the one its tokenizers would be given today.
+    """
+    saved_vocab = pathlib.Path(tokenizers) / records.VOCAB_FILE
+    if saved_vocab.exists():
+        return TokenizerBundle.load(tokenizers), JointVocab.from_json(saved_vocab.read_text())
+    bundle = TokenizerBundle.from_parts(tokenizers)
+    return bundle, bundle.vocab()
 
 
 def _num_bad(quarantined: dict[str, int] | Counter[str]) -> int:

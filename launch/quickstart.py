@@ -14,11 +14,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `aromni quickstart`."""
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where everything goes; run again to go on")
     add_config_argument(parser, default="configs/quickstart.py")
+    parser.add_argument(
+        "--tokenizers",
+        choices=("shipped", "train"),
+        help="of pictures and speech: those that come with the package (default), or trained here, two minutes more",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs every stage that is not done and prints where the report is."""
     config_dict = load_config(args)
+    if args.tokenizers:
+        config_dict.tokenizers.codecs = args.tokenizers
     keep_freed_memory()
     from aromni_jax.config import from_mapping
     from launch.quickstart_job import REPORT_FILE, Interrupted, QuickstartConfig, QuickstartJob

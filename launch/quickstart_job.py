@@ -13,7 +13,7 @@ import pathlib
 import shutil
 import statistics
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from aromni_jax.config import TrainConfig, to_json
 from data_pipelines.corpus import CorpusSizes, build_corpus
@@ -31,8 +31,13 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class TokenizersConfig:
-    """Pieces of text, and training steps of the two codecs (whose nets are the tokenizers' `QUICKSTART`)."""
+    """Pieces of text, and where the codecs of pictures and speech come from.
 
+    `codecs`: `shipped` are those of the package, which were trained on the corpus of seed 0 for longer; `train` trains
+    the same nets here, for the numbers of steps given.
+    """
+
+    codecs: Literal["shipped", "train"]
     text_vocab_size: int
     image_steps: int
     speech_steps: int
@@ -40,7 +45,8 @@ class TokenizersConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartConfig:
-    """Everything about one quickstart; `expected_seconds` is what each stage takes on two cores, for the time left."""
+    """Everything about one quickstart; `expected_seconds` is what each stage takes on two cores, for the time left;
+    that of `codecs` is added to the tokenizers' where codecs are trained."""
 
     seed: int
     corpus: CorpusSizes
@@ -72,12 +78,16 @@ class QuickstartJob:
             del settings["train"][name]
         del settings["train"]["data"]["mixture"]
 
+        expected = dict(config.expected_seconds)
+        if config.tokenizers.codecs == "train":
+            expected["tokenizers"] += expected["codecs"]
+
         def stage(name: str, work: Any, inputs: dict[str, Any], replaceable: bool = False) -> Stage:
-            return Stage(name, config.expected_seconds.get(name, 10.0), inputs, work, replaceable)
+            return Stage(name, expected[name], inputs, work, replaceable)
 
         return [
             stage("corpus", self._make_corpus, {"seed": config.seed, "corpus": settings["corpus"]}),
-            stage("tokenizers", self._train_tokenizers, {"tokenizers": settings["tokenizers"]}),
+            stage("tokenizers", self._make_tokenizers, {"tokenizers": settings["tokenizers"]}),
             stage("pretokenize", self._pretokenize, {"templates": TEMPLATES}),
             stage("train", self._train, {"train": settings["train"]}),
             stage("export", self._export, {}, replaceable=True),
@@ -99,7 +109,7 @@ class QuickstartJob:
         summary = json.loads((self.corpus / "corpus.json").read_text())
         return {"conversations": summary["conversations"]}
 
-    def _train_tokenizers(self, report: Report) -> dict[str, Any]:
+    def _make_tokenizers(self, report: Report) -> dict[str, Any]:
         from aromni_jax.tokenizers.bundle import TokenizerBundle
         from aromni_jax.tokenizers.image import ImageTokenizer
         from aromni_jax.tokenizers.prompts import load_templates
@@ -107,46 +117,53 @@ class QuickstartJob:
         from aromni_jax.tokenizers.text import SentencePieceText
         from data_pipelines.sources import ManifestSource
 
-        parts = self.workdir / "tokenizer_parts"
-        parts.mkdir(exist_ok=True)
-        manifest = self.corpus / "manifest.jsonl"
-        steps = {"image": self.config.tokenizers.image_steps, "speech": self.config.tokenizers.speech_steps}
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        jobs = [
-            CodecJob(
-                kind=kind,
-                manifest=str(manifest),
-                steps=steps[kind],
-                seed=self.config.seed,
-                workdir=str(parts / f"{kind}_training"),
-                output=str(parts / kind),
-                # With one core to share, or many, the system knows better than we do.
-                core=cores[index] if len(cores) == len(steps) else None,
-            )
-            for index, kind in enumerate(steps)
-            if not (parts / kind).exists()
-        ]
-        fractions = {kind: float((parts / kind).exists()) for kind in steps}
-        words: dict[str, str] = {}
-
-        def progress(kind: str, metrics: dict[str, Any]) -> None:
-            fractions[kind] = metrics["step"] / metrics["total_steps"]
-            quality = f"{metrics['psnr']:.1f} dB" if "psnr" in metrics else f"mel {metrics.get('mel_distance', 0):.2f}"
-            words[kind] = f"{kind} {fractions[kind]:.0%} {quality}"
-            report(min(fractions.values()), ", ".join(words[k] for k in sorted(words)))
-
-        run_codec_jobs(jobs, progress)
+        shipped = self.config.tokenizers.codecs == "shipped"
+        directories, quality = _shipped_codecs() if shipped else self._train_codecs(report)
         templates = load_templates(TEMPLATES)
         instructions = [template.instruction for template in templates.tasks.values() if template.instruction]
-        texts = [*instructions, *ManifestSource(manifest, split="train").texts()]
+        texts = [*instructions, *ManifestSource(self.corpus / "manifest.jsonl", split="train").texts()]
         text = SentencePieceText.train(texts, self.config.tokenizers.text_vocab_size, self.config.seed)
-        bundle = TokenizerBundle(text, ImageTokenizer.load(parts / "image"), SpeechTokenizer.load(parts / "speech"))
+        pictures, sounds = ImageTokenizer.load(directories["image"]), SpeechTokenizer.load(directories["speech"])
+        bundle = TokenizerBundle(text, pictures, sounds)
         partial = self.workdir / "tokenizers.partial"
         for leftover in (partial, self.tokenizers):
             shutil.rmtree(leftover, ignore_errors=True)
         bundle.save(partial)
         os.replace(partial, self.tokenizers)
-        return {"fingerprints": bundle.fingerprints, "vocabulary_rows": bundle.vocab().size, "quality": words}
+        return {"fingerprints": bundle.fingerprints, "vocabulary_rows": bundle.vocab().size, "quality": quality}
+
+    def _train_codecs(self, report: Report) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
+        """Trains both at the same time; (kind -> directory, kind -> words on how well it ended)."""
+        parts = self.workdir / "tokenizer_parts"
+        parts.mkdir(exist_ok=True)
+        steps = {"image": self.config.tokenizers.image_steps, "speech": self.config.tokenizers.speech_steps}
+        directories = {kind: parts / kind for kind in steps}
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        jobs = [
+            CodecJob(
+                kind=kind,
+                manifest=str(self.corpus / "manifest.jsonl"),
+                steps=steps[kind],
+                seed=self.config.seed,
+                workdir=str(parts / f"{kind}_training"),
+                output=str(directories[kind]),
+                # With one core to share, or many, the system knows better than we do.
+                core=cores[index] if len(cores) == len(steps) else None,
+            )
+            for index, kind in enumerate(steps)
+            if not directories[kind].exists()
+        ]
+        fractions = {kind: float(directories[kind].exists()) for kind in steps}
+        quality: dict[str, str] = {}
+
+        def progress(kind: str, metrics: dict[str, Any]) -> None:
+            fractions[kind] = metrics["step"] / metrics["total_steps"]
+            quality[kind] = f"{metrics['psnr']:.1f} dB" if "psnr" in metrics else f"mel {metrics['mel_distance']:.2f}"
+            words = (f"{kind} {fractions[kind]:.0%} {quality[kind]}" for kind in sorted(quality))
+            report(min(fractions.values()), ", ".join(words))
+
+        run_codec_jobs(jobs, progress)
+        return directories, {kind: f"trained here, {words} on its last batch" for kind, words in quality.items()}
 
     def _pretokenize(self, report: Report) -> dict[str, Any]:
         from data_pipelines.pretokenize import PretokenizeConfig, pretokenize
@@ -263,6 +280,18 @@ class QuickstartJob:
         return {"bytes": (self.workdir / REPORT_FILE).stat().st_size}
 
 
+def _shipped_codecs() -> tuple[dict[str, pathlib.Path], dict[str, str]]:
+    """(kind -> directory, kind -> words on its quality) of the codecs that come with the package."""
+    from aromni_jax.tokenizers.shipped import KINDS, shipped_card, shipped_directory
+
+    heldout = {kind: shipped_card(kind)["heldout"] for kind in KINDS}
+    quality = {
+        "image": f"shipped, PSNR {heldout['image']['psnr_db']:.1f} dB on held-out pictures",
+        "speech": f"shipped, STOI {heldout['speech']['stoi']:.2f} on held-out speech",
+    }
+    return {kind: shipped_directory(kind) for kind in KINDS}, quality
+
+
 def _facts(train: dict[str, Any], data: dict[str, Any], tokenizers: dict[str, Any]) -> list[tuple[str, str]]:
     """Lines of the page's last table: name, value."""
     peak = _peak_memory_bytes()
@@ -279,7 +308,7 @@ def _facts(train: dict[str, Any], data: dict[str, Any], tokenizers: dict[str, An
     if train.get("tokens_per_second"):
         facts.append(("training speed, median", f"{train['tokens_per_second']:,.0f} tokens/s"))
     for kind, words in sorted(tokenizers.get("quality", {}).items()):
-        facts.append((f"{kind} tokenizer at the end of its training", words.split("% ")[-1]))
+        facts.append((f"{kind} tokenizer", words))
     if peak:
         facts.append(("peak memory of one process of the last start", f"{peak / 2**30:.1f} GiB"))
     return facts

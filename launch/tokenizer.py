@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=tuple(_ACTIONS))
     parser.add_argument("--kind", required=True, choices=tuple(_SUFFIXES))
     parser.add_argument(
-        "--tokenizer", required=True, metavar="DIR", help="the tokenizer: written by train and import, else read"
+        "--tokenizer",
+        required=True,
+        metavar="DIR",
+        help="the tokenizer: written by train and import, else read; `shipped` is the one that comes with the package",
     )
     parser.add_argument(
         "--input",
@@ -53,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_codes", type=int, help="train --kind=image|speech: overrides the size of the codebook")
     parser.add_argument("--image_size", type=int, help="import --kind=image: pixels, where the files do not say")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="train --kind=image|speech: precision of the saved file",
+    )
     parser.add_argument("--json", metavar="FILE", help="evaluate: also write the table as JSON")
     parser.add_argument(
         "--report", metavar="FILE", help="evaluate --kind=image: a page of originals beside their reconstructions"
@@ -65,6 +74,12 @@ def main(args: argparse.Namespace) -> int:
     for flag in needed:
         if not getattr(args, flag):
             raise ValueError(f"aromni tokenizer {args.action} needs --{flag}=PATH")
+    if args.tokenizer == "shipped":
+        from aromni_jax.tokenizers.shipped import shipped_directory
+
+        if args.action in ("train", "import"):
+            raise ValueError(f"--tokenizer=shipped comes with the package; {args.action} needs a directory to write to")
+        args.tokenizer = str(shipped_directory(args.kind))
     run(args)
     return 0
 
@@ -95,8 +110,9 @@ def _train(args: argparse.Namespace) -> None:
         rate_hz = config.net.sample_rate_hz
         waveforms = [speech.prepare_sound(path, None, rate_hz) for path in _paths(args)]
         tokenizer = speech.train_speech_tokenizer(waveforms, config, args.seed, workdir, meter)
-    tokenizer.save(args.tokenizer)
-    print(f"{tokenizer.num_codes} codes, fingerprint {tokenizer.fingerprint[:16]}, in {args.tokenizer}")
+    tokenizer.save(args.tokenizer, args.dtype)
+    saved = type(tokenizer).load(args.tokenizer)
+    print(f"{saved.num_codes} codes, fingerprint {saved.fingerprint[:16]}, in {args.tokenizer}")
 
 
 def _recipe(args: argparse.Namespace) -> Any:

@@ -73,6 +73,26 @@ class TokenizerBundle:
         bundle._check(vocab, str(path))
         return bundle
 
+    @classmethod
+    def from_parts(cls, directory: str | Path) -> TokenizerBundle:
+        """Tokenizers made one by one, `text/` and perhaps `image/` and `speech/`, in a directory without vocabulary.
+
+        Raises:
+          FileNotFoundError: no `text/` in `directory`.
+          ValueError: a damaged file.
+        """
+        directory = Path(directory)
+        if not (directory / "text").is_dir():
+            raise FileNotFoundError(
+                f"{directory} holds no tokenizers: neither vocab.json nor text/; make them with "
+                f"aromni tokenizer train --kind=text --tokenizer={directory / 'text'} (image and speech alike)"
+            )
+        return cls(
+            load_text_tokenizer(directory / "text"),
+            ImageTokenizer.load(directory / "image") if (directory / "image").is_dir() else None,
+            SpeechTokenizer.load(directory / "speech") if (directory / "speech").is_dir() else None,
+        )
+
     def _present(self) -> dict[str, TextTokenizer | ImageTokenizer | SpeechTokenizer]:
         parts = {"text": self.text, "image": self.image, "speech": self.speech}
         return {kind: tokenizer for kind, tokenizer in parts.items() if tokenizer is not None}

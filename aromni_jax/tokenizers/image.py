@@ -195,10 +195,12 @@ class ImageTokenizer:
         """Any picture, or the path of one, as uint8 [image_size, image_size, 3]: see `prepare_image`."""
         return prepare_image(image, self.image_size)
 
-    def save(self, directory: str | Path) -> None:
-        """Writes `config.json` and `params.safetensors`."""
+    def save(self, directory: str | Path, dtype: str = "float32") -> None:
+        """Writes `config.json` and `params.safetensors`; with `dtype` float16 in half the size, rounded."""
         directory = Path(directory)
-        storage.save_tree(directory / "params.safetensors", self._tree(), identity=_net_description(self.config))
+        storage.save_tree(
+            directory / "params.safetensors", self._tree(), identity=_net_description(self.config), dtype=dtype
+        )
         (directory / "config.json").write_text(config_lib.to_json(self.config))
 
     @classmethod

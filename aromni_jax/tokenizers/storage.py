@@ -25,12 +25,15 @@ def flatten(tree: PyTree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
-def save_tree(path: str | Path, tree: PyTree, *, identity: str) -> None:
-    """Writes the leaves of `tree` and a line saying what they are; the file appears only when it is complete."""
+def save_tree(path: str | Path, tree: PyTree, *, identity: str, dtype: str | None = None) -> None:
+    """Writes the leaves of `tree` and a line saying what they are; the file appears only when it is complete.
+
+    `dtype` "float16" halves the file; `load_tree` reads it as float32 again, rounded once and for all.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_name(path.name + ".partial")
-    tensors = {name: np.asarray(value, order="C") for name, value in sorted(flatten(tree).items())}
+    tensors = {name: np.asarray(value, dtype, order="C") for name, value in sorted(flatten(tree).items())}
     with open(partial_path, "wb") as file:
         file.write(safetensors.numpy.save(tensors, metadata={"identity": identity}))
         file.flush()
@@ -62,6 +65,8 @@ def load_tree(path: str | Path, like: T, *, identity: str) -> T:
     if extra := sorted(set(tensors) - set(names)):
         raise ValueError(f"{path} has the unknown tensor {extra[0]!r} ({len(extra)} unknown)")
     for name, (_, leaf) in zip(names, leaves):
+        if tensors[name].dtype == np.float16 and leaf.dtype == np.float32:
+            tensors[name] = tensors[name].astype(np.float32)
         if tensors[name].shape != leaf.shape or tensors[name].dtype != leaf.dtype:
             raise ValueError(
                 f"{path}: tensor {name!r} is {tensors[name].dtype}{list(tensors[name].shape)}, "

@@ -178,6 +178,13 @@ def test_the_command_makes_a_data_set_and_shows_a_row(tmp_path: pathlib.Path, ca
     page = tmp_path / "row.html"
     assert main(["show", f"--data={tmp_path / 'data'}", "--sequence_length=64", f"--html={page}"]) == 0
     assert "'hello world'" in capsys.readouterr().out and "hello world" in page.read_text()
+    ByteText().save(tmp_path / "parts" / "text")
+    parts = [f"--config.tokenizers={tmp_path / 'parts'}", f"--output={tmp_path / 'same'}"]
+    assert main(["pretokenize", *arguments, *parts]) == 0
+    made = [json.loads((tmp_path / name / "dataset.json").read_text()) for name in ("data", "same")]
+    assert made[0]["vocab_fingerprint"] == made[1]["vocab_fingerprint"]
+    assert main(["pretokenize", *arguments, f"--config.tokenizers={tmp_path}", f"--output={tmp_path / 'none'}"]) == 1
+    assert "aromni tokenizer train --kind=text" in capsys.readouterr().err
     assert main(["pretokenize", *arguments, "--config.templates=quickstrat"]) == 1
     assert "quickstrat" in capsys.readouterr().err
     assert main(["show", f"--data={tmp_path}"]) == 1

@@ -17,7 +17,14 @@ from PIL import Image
 
 
 def start(workdir: pathlib.Path, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "launch.cli", "quickstart", "--config=configs/quickstart.py:tiny"]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "quickstart",
+        "--config=configs/quickstart.py:tiny",
+        "--tokenizers=train",
+    ]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *overrides],

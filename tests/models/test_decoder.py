@@ -18,7 +18,7 @@ from aromni_jax.models.kv_cache import KVCache
 def build(**changes):
     config = dataclasses.replace(sizes.resolve_model("debug", 50, 8), **changes)
     ids = jnp.zeros((1, 2), jnp.int32)
-    params = partitioning.unbox(jax.jit(Decoder(config).init)(jax.random.PRNGKey(0), ids, ids, ids))["params"]
+    params = partitioning.unbox(jax.jit(Decoder(config).init)(jax.random.key(0, impl="rbg"), ids, ids, ids))["params"]
     # Norms start at 1 and 0: move them, or a misplaced one goes unseen.
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype), params)

@@ -70,6 +70,8 @@ import sys
 import aromni_jax, launch.cli, launch.flags
 from aromni_jax.tokenizers.prompts import SHIPPED, load_templates
 assert aromni_jax.__file__.startswith(sys.argv[1]), aromni_jax.__file__
+from aromni_jax.tokenizers.shipped import KINDS, shipped_directory
+assert all(shipped_directory(kind).is_dir() for kind in KINDS)
 assert [load_templates(name).name for name in SHIPPED] == list(SHIPPED)
 launch.flags.read_config("configs/pretrain.py:debug")
 sys.exit(launch.cli.main(["--help"]))
