@@ -30,7 +30,7 @@ CORE = [
 EVAL = ["jiwer>=3.0", "pystoi>=0.4"]
 # The TPU compiler, which needs no TPU: the tests compile the train step for pods with it.
 TPU_COMPILER = ["libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"]
-HF = ["transformers>=5.0", "torch==2.13.0"]
+HF = ["tokenizers>=0.21", "transformers>=5.0", "torch==2.13.0"]
 
 setup(
     name="aromni-jax",

@@ -114,8 +114,11 @@ class JointVocab:
         return cls(size, text, text.start, image, tokens_per_image, tuple(speech), specials, prints)
 
     @classmethod
-    def released(cls) -> JointVocab:
-        """The layout of the released AR-Omni weights inside Chameleon's 65,536 rows (METHOD section 2)."""
+    def released(cls, fingerprints: Mapping[str, str] | None = None) -> JointVocab:
+        """The layout of the released AR-Omni weights inside Chameleon's 65,536 rows (METHOD section 2).
+
+        `fingerprints` are those of tokenizers that speak its codes, to be kept in one directory with it.
+        """
         specials = {
             "bos": 0,
             "pad": 1,
@@ -131,9 +134,9 @@ class JointVocab:
             "begin_response": 12841,
         }
         text = CodeSpan(16384, 65536 - 16384)
-        return cls(
-            65536, text, 0, CodeSpan(4, 8192), 1024, (CodeSpan(8724, 4096),), tuple((n, specials[n]) for n in SPECIALS)
-        )
+        ordered = tuple((name, specials[name]) for name in SPECIALS)
+        prints = tuple(sorted((fingerprints or {}).items()))
+        return cls(65536, text, 0, CodeSpan(4, 8192), 1024, (CodeSpan(8724, 4096),), ordered, prints)
 
     def __getattr__(self, name: str) -> int:
         """`vocab.bos`, `vocab.end_image`, ...: rows of the control tokens."""

@@ -22,6 +22,8 @@ _SUFFIXES = {
 }
 
 _PICTURES_ON_PAGE = 48
+_TELLTALES = ("a", " a", "A  b\n", "e\u0301", "\ufb01", "\u2581", "\U0001f642")
+"""Texts that tokenizers which normalise or add spaces do not give back."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
         metavar="PATH",
-        help="a file, a folder, or a manifest of conversations; import: a published .safetensors, .ckpt or directory",
+        help="a file, a folder, or a manifest of conversations; import: a published .safetensors, .ckpt, directory or "
+        "tokenizer.json",
     )
     parser.add_argument(
         "--output",
@@ -132,10 +135,8 @@ def _recipe(args: argparse.Namespace) -> Any:
 
 
 def _import(args: argparse.Namespace) -> None:
-    if args.kind == "text":
-        raise ValueError("import knows the published files of --kind=image and speech, not of text")
-    if args.kind == "speech":
-        _import_speech(args)
+    if args.kind != "image":
+        {"text": _import_text, "speech": _import_speech}[args.kind](args)
         return
     from aromni_jax.interop.vqgan_files import PublishedVQGAN
 
@@ -148,6 +149,21 @@ def _import(args: argparse.Namespace) -> None:
         print(f"left out: {len(opened.left_out)} tensors of the training loss ({opened.left_out[0]}, ...)")
     if opened.config.encoder_only:
         print("the files hold no decoder: pictures become codes, and codes no pictures")
+
+
+def _import_text(args: argparse.Namespace) -> None:
+    """A tokenizer.json, or the directory that holds one."""
+    from aromni_jax.tokenizers.huggingface_text import HuggingFaceText
+
+    tokenizer = HuggingFaceText.from_published(args.input)
+    tokenizer.save(args.tokenizer)
+    print(f"{tokenizer.size} ids, fingerprint {tokenizer.fingerprint[:16]}, in {args.tokenizer}")
+    if tokenizer.text_ids:
+        first, last = tokenizer.text_ids[0], tokenizer.text_ids[1] - 1
+        print(f"Chameleon's layout: text has the ids {first}..{last}, and keeps them in the released vocabulary")
+    changed = [text for text in _TELLTALES if tokenizer.decode(tokenizer.encode(text)) != text]
+    if changed:
+        print(f"the tokenizer does not give every text back as it was, for example not {changed[0]!r}")
 
 
 def _import_speech(args: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""Text tokenizers: SentencePiece BPE with byte fallback, and plain UTF-8 bytes. Both give any string back exactly."""
+"""Text tokenizers: SentencePiece BPE with byte fallback, and plain UTF-8 bytes. Both give any string back exactly.
+
+Those of published models are in `huggingface_text.py`, behind the same interface.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
 
@@ -41,14 +44,14 @@ class ByteText:
 
     def encode(self, text: str) -> list[int]:
         """The bytes of `text`; ValueError for lone surrogates."""
-        return list(_utf8(text))
+        return list(utf8_bytes(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Inverse of `encode`; bytes that are not UTF-8 become U+FFFD, ids above 255 are a ValueError."""
-        return bytes(_checked_ids(ids, self.size)).decode("utf-8", errors="replace")
+        return bytes(checked_ids(ids, self.size)).decode("utf-8", errors="replace")
 
     def save(self, directory: str | Path) -> None:
-        _write_kind(directory, "bytes")
+        write_text_config(directory, "bytes")
 
 
 class SentencePieceText:
@@ -79,7 +82,7 @@ class SentencePieceText:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with decode(encode(text)) == text; ValueError for lone surrogates."""
-        _utf8(text)
+        utf8_bytes(text)
         first, *rest = (self._processor.encode(run) for run in text.split(_SPACE_MARK))
         for run in rest:
             first += self._mark_ids + run
@@ -87,7 +90,7 @@ class SentencePieceText:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; incomplete UTF-8 becomes U+FFFD, an id outside the vocabulary is a ValueError."""
-        return self._processor.decode(_checked_ids(ids, self.size))
+        return self._processor.decode(checked_ids(ids, self.size))
 
     @classmethod
     def train(
@@ -134,7 +137,7 @@ class SentencePieceText:
         return cls(model.getvalue())
 
     def save(self, directory: str | Path) -> None:
-        _write_kind(directory, "sentencepiece")
+        write_text_config(directory, "sentencepiece")
         (Path(directory) / "tokenizer.model").write_bytes(self._model)
 
     @classmethod
@@ -151,22 +154,29 @@ def load_text_tokenizer(directory: str | Path) -> TextTokenizer:
         return ByteText()
     if kind == "sentencepiece":
         return SentencePieceText.load(directory)
-    raise ValueError(f"{path}: unknown kind of text tokenizer {kind!r}; known: bytes, sentencepiece")
+    if kind == "huggingface":
+        from aromni_jax.tokenizers.huggingface_text import HuggingFaceText
+
+        return HuggingFaceText.load(directory)
+    raise ValueError(f"{path}: unknown kind of text tokenizer {kind!r}; known: bytes, sentencepiece, huggingface")
 
 
-def _write_kind(directory: str | Path, kind: str) -> None:
+def write_text_config(directory: str | Path, kind: str, **settings: Any) -> None:
+    """Makes `directory` and its `config.json`, which tells `load_text_tokenizer` what else is there."""
     Path(directory).mkdir(parents=True, exist_ok=True)
-    (Path(directory) / "config.json").write_text(json.dumps({"kind": kind}) + "\n")
+    (Path(directory) / "config.json").write_text(json.dumps({"kind": kind, **settings}) + "\n")
 
 
-def _utf8(text: str) -> bytes:
+def utf8_bytes(text: str) -> bytes:
+    """`text` as UTF-8; ValueError naming the first character that has none (a lone surrogate)."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"text is not valid Unicode at character {error.start}: {text[error.start]!r}") from error
 
 
-def _checked_ids(ids: Sequence[int], size: int) -> list[int]:
+def checked_ids(ids: Sequence[int], size: int) -> list[int]:
+    """`ids` as Python integers; ValueError naming the first that is outside [0, size)."""
     checked = [int(i) for i in ids]
     bad = [i for i in checked if not 0 <= i < size]
     if bad:

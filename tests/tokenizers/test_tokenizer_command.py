@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import test_adversarial
 import test_bundle
+import test_huggingface_text
 import test_image
 import test_speech
 import torch
@@ -56,6 +57,29 @@ def test_text_is_trained_and_comes_back(corpus, tmp_path):
     assert (tmp_path / "b.txt").read_text() == (corpus / "a.txt").read_text()
     assert tokenizer("evaluate", *flags, manifest, f"--json={tmp_path / 'table.json'}") == 0
     assert json.loads((tmp_path / "table.json").read_text())["round_trip"] == 1.0
+
+
+def test_published_text_files(corpus, tmp_path, capsys):
+    """A tokenizer.json in, by itself or in its directory; what it does to text is said."""
+    raw = test_huggingface_text.trained()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    flags = ("--kind=text", f"--tokenizer={tmp_path / 'ours'}")
+    for source in (tmp_path / "tokenizer.json", tmp_path):
+        assert tokenizer("import", *flags, f"--input={source}") == 0
+    told = capsys.readouterr().out
+    assert f"{len(raw['model']['vocab'])} ids, fingerprint" in told
+    assert "Chameleon" not in told and "every text back" not in told
+    table = tmp_path / "table.json"
+    assert tokenizer("evaluate", *flags, f"--input={corpus / 'manifest.jsonl'}", f"--json={table}") == 0
+    assert json.loads(table.read_text())["round_trip"] == 1.0
+    raw = {**test_huggingface_text.in_released_rows(raw), "normalizer": {"type": "NFKC"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    assert tokenizer("import", *flags, f"--input={tmp_path}") == 0
+    told = capsys.readouterr().out
+    assert "Chameleon's layout: text has the ids 16384..65535" in told and "not 'e\u0301'" in told
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert tokenizer("import", *flags, f"--input={tmp_path}") == 1
+    assert "not a tokenizer.json" in capsys.readouterr().err
 
 
 def test_pictures(corpus, tmp_path):
