@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ _SUFFIXES = {
     "speech": (".wav", ".flac", ".ogg"),
 }
 
+_LONGEST_PIECE = 1 << 20
+"""Characters of a text file that are read at once."""
 _PICTURES_ON_PAGE = 48
 _TELLTALES = ("a", " a", "A  b\n", "e\u0301", "\ufb01", "\u2581", "\U0001f642")
 """Texts that tokenizers which normalise or add spaces do not give back."""
@@ -49,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="", help="of a manifest, read only this split")
     parser.add_argument("--vocab_size", type=int, default=1024, help="train --kind=text: number of pieces")
+    parser.add_argument(
+        "--max_lines",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="train --kind=text: learn from N lines of a corpus",
+    )
     parser.add_argument(
         "--recipe",
         default="quickstart",
@@ -94,7 +103,7 @@ def _train(args: argparse.Namespace) -> None:
     from aromni_jax.tokenizers.text import SentencePieceText
 
     if args.kind == "text":
-        text = SentencePieceText.train(_texts(args), args.vocab_size, args.seed)
+        text = SentencePieceText.train(_pieces_of_text(args), args.vocab_size, args.seed, args.max_lines, print)
         text.save(args.tokenizer)
         print(f"{text.size} pieces, fingerprint {text.fingerprint[:16]}, in {args.tokenizer}")
         return
@@ -361,16 +370,28 @@ def _texts(args: argparse.Namespace) -> list[str]:
     return [path.read_text(encoding="utf-8") for path in _paths(args)]
 
 
-def _manifest_parts(path: Path, split: str) -> list[dict[str, str]]:
-    parts: list[dict[str, str]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            if not split or record["split"] == split:
-                parts += [part for message in record["messages"] for part in message["parts"]]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number} is not a conversation of a manifest: {error!r}") from error
-    return parts
+def _pieces_of_text(args: argparse.Namespace) -> Iterator[str]:
+    """The text behind --input, a little at a time: a corpus need not fit into memory."""
+    if args.input.endswith(".jsonl"):
+        for part in _manifest_parts(Path(args.input), args.split):
+            if "text" in part:
+                yield part["text"]
+        return
+    for path in _paths(args):
+        with path.open(encoding="utf-8") as file:
+            while piece := file.readline(_LONGEST_PIECE):
+                yield piece
+
+
+def _manifest_parts(path: Path, split: str) -> Iterator[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                if not split or record["split"] == split:
+                    yield from [part for message in record["messages"] for part in message["parts"]]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}:{number} is not a conversation of a manifest: {error!r}") from error
 
 
 def _image_tokenizer(args: argparse.Namespace) -> ImageTokenizer:

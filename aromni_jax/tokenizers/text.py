@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,20 +94,31 @@ class SentencePieceText:
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocab_size: int, seed: int = 0, max_lines: int = 1_000_000
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        seed: int = 0,
+        max_lines: int = 1_000_000,
+        report: Callable[[str], None] = lambda line: None,
     ) -> SentencePieceText:
         """Learns at most `vocab_size` pieces (fewer when nothing is left to merge); equal input, equal model.
 
         Args:
-          texts: any strings; a corpus of more than `max_lines` lines is sampled uniformly with `seed`.
+          texts: any strings, read once; a corpus of more than `max_lines` lines is sampled uniformly with `seed`.
           vocab_size: 256 bytes, one unknown and one newline piece, and the corpus' characters are the least possible.
+          max_lines: lines in memory at a time, each of at most 2,000 characters (a longer one counts as several).
+          report: is told how many lines there were and how many are used.
 
         Raises:
-          ValueError: no text, or a vocabulary too small for the characters of the corpus.
+          ValueError: no text, no line allowed, or a vocabulary too small for the characters of the corpus.
         """
-        lines = _sample(_training_lines(texts), max_lines, seed)
+        if max_lines < 1:
+            raise ValueError(f"cannot train a text tokenizer on {max_lines} lines; give at least one")
+        lines, num_lines = _sample(_training_lines(texts), max_lines, seed)
         if not lines:
             raise ValueError("cannot train a text tokenizer on an empty corpus; give at least one non-blank line")
+        sampled = "all" if len(lines) == num_lines else f"{len(lines):,} of them, sampled with seed {seed}"
+        report(f"{num_lines:,} lines of text; learning from {sampled}")
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -193,13 +204,14 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
                     yield chunk
 
 
-def _sample(lines: Iterator[str], limit: int, seed: int) -> list[str]:
-    """Reservoir sampling: every line is kept with the same chance, in one pass and bounded memory."""
+def _sample(lines: Iterator[str], limit: int, seed: int) -> tuple[list[str], int]:
+    """At most `limit` lines, and how many there were. Every line is kept with the same chance, in one pass."""
     kept: list[str] = []
     generator = random.Random(seed)
-    for index, line in enumerate(lines):
-        if index < limit:
+    seen = 0
+    for seen, line in enumerate(lines, start=1):
+        if seen <= limit:
             kept.append(line)
-        elif (slot := generator.randrange(index + 1)) < limit:
+        elif (slot := generator.randrange(seen)) < limit:
             kept[slot] = line
-    return kept
+    return kept, seen

@@ -59,6 +59,19 @@ def test_text_is_trained_and_comes_back(corpus, tmp_path):
     assert json.loads((tmp_path / "table.json").read_text())["round_trip"] == 1.0
 
 
+def test_text_files_are_read_in_pieces(corpus, tmp_path, capsys, monkeypatch):
+    """Lines of a file count towards the cap; a piece of a long line is a line too."""
+    (tmp_path / "long.txt").write_text("seven words of text in a line\n" * 50, encoding="utf-8")
+    flags = ("train", "--kind=text", f"--input={tmp_path / 'long.txt'}", "--vocab_size=280")
+    assert tokenizer(*flags, f"--tokenizer={tmp_path / 'a'}", "--max_lines=20") == 0
+    assert "50 lines of text; learning from 20 of them, sampled with seed 0" in capsys.readouterr().out
+    assert tokenizer(*flags, f"--tokenizer={tmp_path / 'b'}") == 0
+    assert "50 lines of text; learning from all" in capsys.readouterr().out
+    monkeypatch.setattr("launch.tokenizer._LONGEST_PIECE", 10)
+    assert tokenizer(*flags, f"--tokenizer={tmp_path / 'c'}") == 0
+    assert "150 lines of text" in capsys.readouterr().out
+
+
 def test_published_text_files(corpus, tmp_path, capsys):
     """A tokenizer.json in, by itself or in its directory; what it does to text is said."""
     raw = test_huggingface_text.trained()
