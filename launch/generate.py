@@ -207,7 +207,8 @@ def _question(request: Request, loaded: LoadedModel) -> Message:
     if request.speech is not None:
         if loaded.bundle.speech is None:
             raise ValueError("this model has no speech tokenizer: it cannot hear")
-        parts.append(Speech(codes_KU=loaded.bundle.speech.encode([loaded.bundle.speech.prepare(request.speech)])[0]))
+        waveform = loaded.bundle.speech.prepare(request.speech, report=print)
+        parts.append(Speech(codes_KU=loaded.bundle.speech.encode([waveform])[0]))
     if request.text is not None:
         parts.append(Text(request.text))
     return Message("user", tuple(parts))

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import types
 
+import numpy as np
 import pytest
+import soundfile
 
+from aromni_jax.structs import Speech
+from aromni_jax.tokenizers.speech_input import prepare_sound
 from launch import generate
 
 
@@ -61,3 +66,22 @@ def test_bad_lines_are_named(tmp_path, text, message):
         generate.read_requests(arguments(f"--input={path}"))
     with pytest.raises(ValueError, match="beside it"):
         generate.read_requests(arguments(f"--input={path}", "--text=x"))
+
+
+def test_conversion_of_speech_is_told(tmp_path, capsys):
+    """What is done to a sound before the model hears it is printed; a sound that fits is nobody's news."""
+
+    class Codec:
+        def prepare(self, sound, rate_hz=None, report=None):
+            return prepare_sound(sound, rate_hz, 4000, report)
+
+        def encode(self, waveforms):
+            return [np.zeros((1, len(waveform) // 10), np.int32) for waveform in waveforms]
+
+    loaded = types.SimpleNamespace(bundle=types.SimpleNamespace(speech=Codec(), image=None))
+    soundfile.write(tmp_path / "a.wav", np.zeros((8000, 2)), 8000)
+    soundfile.write(tmp_path / "b.wav", np.zeros(4000), 4000)
+    for name, told in (("a.wav", "a.wav: 8000 Hz, 2 channels, converted to 4000 Hz mono\n"), ("b.wav", "")):
+        message = generate._question(generate.Request("speech-to-text", speech=str(tmp_path / name)), loaded)
+        assert isinstance(message.parts[0], Speech) and message.parts[0].codes_KU.shape == (1, 400)
+        assert capsys.readouterr().out == (f"{tmp_path}/{told}" if told else "")
