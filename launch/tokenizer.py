@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from launch.conversions import Conversions
+
 if TYPE_CHECKING:
     from aromni_jax.tokenizers.image import ImageTokenizer
     from aromni_jax.tokenizers.speech import SpeechTokenizer
@@ -23,7 +25,7 @@ _SUFFIXES = {
 
 _LONGEST_PIECE = 1 << 20
 """Characters of a text file that are read at once."""
-_PICTURES_ON_PAGE = 48
+_PICTURES_ON_PAGE, _SOUNDS_ON_PAGE = 48, 12
 _TELLTALES = ("a", " a", "A  b\n", "e\u0301", "\ufb01", "\u2581", "\U0001f642")
 """Texts that tokenizers which normalise or add spaces do not give back."""
 
@@ -76,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="evaluate: also write the table as JSON")
     parser.add_argument(
-        "--report", metavar="FILE", help="evaluate --kind=image: a page of originals beside their reconstructions"
+        "--report", metavar="FILE", help="evaluate --kind=image|speech: a page of originals beside reconstructions"
     )
 
 
@@ -120,7 +122,9 @@ def _train(args: argparse.Namespace) -> None:
         tokenizer = image.train_image_tokenizer(pixels, config, args.seed, workdir, meter)
     else:
         rate_hz = config.net.sample_rate_hz
-        waveforms = [speech.prepare_sound(path, None, rate_hz) for path in _paths(args)]
+        conversions = Conversions()
+        waveforms = [speech.prepare_sound(path, None, rate_hz, conversions) for path in _paths(args)]
+        conversions.show()
         tokenizer = speech.train_speech_tokenizer(waveforms, config, args.seed, workdir, meter)
     tokenizer.save(args.tokenizer, args.dtype)
     saved = type(tokenizer).load(args.tokenizer)
@@ -215,7 +219,7 @@ def _encode(args: argparse.Namespace) -> None:
         codes = pictures.encode(pictures.prepare(paths[0])[None])[0]
     else:
         sounds = _speech_tokenizer(args)
-        codes = sounds.encode([sounds.prepare(paths[0])])[0]
+        codes = sounds.encode([sounds.prepare(paths[0], report=print)])[0]
     np.save(args.output, codes)
     print(f"{codes.size} codes in {args.output}")
 
@@ -293,48 +297,59 @@ def _evaluate_image(args: argparse.Namespace) -> dict[str, Any]:
     return numbers
 
 
-def _timed(function: Callable[[np.ndarray], np.ndarray], items: np.ndarray) -> tuple[np.ndarray, float]:
-    """The result, and the seconds it took once compiled."""
-    function(items[:1])
+def _timed(function: Callable[[Any], Any], items: Any, first: Any = None) -> tuple[Any, float]:
+    """The result, and the seconds it took once compiled, which `first` (else the first item) sees to."""
+    function(items[:1] if first is None else first)
     start = time.perf_counter()
     return function(items), time.perf_counter() - start
 
 
 def _evaluate_speech(args: argparse.Namespace) -> dict[str, Any]:
+    from aromni_jax.evaluation.codec_page import speech_codec_page
+    from aromni_jax.evaluation.sound_quality import mean_stoi, si_sdr_db
     from aromni_jax.tokenizers.speech import mel_distance
 
-    tokenizer = _speech_tokenizer(args)
-    waveforms = [tokenizer.prepare(path) for path in _paths(args)]
-    codes = tokenizer.encode(waveforms)
-    decoded = [sound[: len(truth)] for sound, truth in zip(tokenizer.decode(codes), waveforms)]
-    pairs = list(zip(waveforms, decoded))
-    distances = [mel_distance(ours, truth, tokenizer.sample_rate_hz) for truth, ours in pairs]
-    return {
-        "utterances": len(pairs),
-        "seconds": sum(map(len, waveforms)) / tokenizer.sample_rate_hz,
-        "codes_per_second": tokenizer.codes_per_second,
-        "mel_distance": float(np.mean(distances)),
-        "stoi": _stoi(pairs, tokenizer.sample_rate_hz),
-        **_code_use([c.reshape(-1) for c in codes], tokenizer.num_codes),
-    }
-
-
-def _stoi(pairs: list[tuple[np.ndarray, np.ndarray]], rate_hz: int) -> float | None:
-    """Mean STOI over stretches of at least 1.5 s (single words are too short for it); None without pystoi."""
+    tokenizer, paths = _speech_tokenizer(args), _paths(args)
+    rate_hz, conversions = tokenizer.sample_rate_hz, Conversions()
+    waveforms = [tokenizer.prepare(path, report=conversions) for path in paths]
+    conversions.show()
+    # Lengths are compiled for in powers of two: one sound of each.
+    sizes = [(-(-len(waveform) // tokenizer.hop) - 1).bit_length() for waveform in waveforms]
+    firsts = [sizes.index(size) for size in sorted(set(sizes))]
+    codes, encode_seconds = _timed(tokenizer.encode, waveforms, [waveforms[i] for i in firsts])
+    decoded, decode_seconds = _timed(tokenizer.decode, codes, [codes[i] for i in firsts])
+    pairs = [(truth, ours[: len(truth)]) for truth, ours in zip(waveforms, decoded)]
+    measures = [
+        {"si_sdr_db": si_sdr_db(ours, truth), "mel_distance": mel_distance(ours, truth, rate_hz)}
+        for truth, ours in pairs
+    ]
+    decibels = np.array([measured["si_sdr_db"] for measured in measures])
+    if silent := int(np.isnan(decibels).sum()):
+        print(f"{silent} of {len(pairs)} utterances are silent: they have no SI-SDR and count for nothing in its mean")
     try:
-        from pystoi import stoi
-    except ImportError:
-        print("stoi needs pystoi: pip install 'aromni-jax[eval]'")
-        return None
-    scores: list[float] = []
-    stretch: list[tuple[np.ndarray, np.ndarray]] = []
-    for pair in pairs:
-        stretch.append(pair)
-        if sum(len(truth) for truth, _ in stretch) >= 1.5 * rate_hz:
-            truth, ours = (np.concatenate(side) for side in zip(*stretch))
-            scores.append(float(stoi(truth, ours, rate_hz)))
-            stretch = []
-    return float(np.mean(scores)) if scores else None
+        intelligibility = mean_stoi(pairs, rate_hz)
+    except ValueError as error:
+        print(error)
+        intelligibility = None
+    num_codes = sum(item.size for item in codes)
+    numbers = {
+        "utterances": len(pairs),
+        "seconds": sum(map(len, waveforms)) / rate_hz,
+        "codes_per_second": tokenizer.codes_per_second,
+        "si_sdr_db": float(np.nanmean(decibels)) if silent < len(pairs) else None,
+        "mel_distance": float(np.mean([measured["mel_distance"] for measured in measures])),
+        "stoi": intelligibility,
+        **_code_use([item.reshape(-1) for item in codes], tokenizer.num_codes),
+        "encode_codes_per_second": num_codes / encode_seconds,
+        "decode_codes_per_second": num_codes / decode_seconds,
+    }
+    if args.report:
+        shown = slice(_SOUNDS_ON_PAGE)
+        originals, ours = ([pair[side] for pair in pairs[shown]] for side in (0, 1))
+        names = [path.name for path in paths[shown]]
+        page = speech_codec_page(numbers, originals, ours, names, measures[shown], rate_hz)
+        Path(args.report).write_text(page, encoding="utf-8")
+    return numbers
 
 
 def _code_use(codes: Iterable[Any], num_codes: int) -> dict[str, Any]:

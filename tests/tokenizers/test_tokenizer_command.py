@@ -173,14 +173,41 @@ def test_published_speech_files(tmp_path, capsys):
     assert tokenizer("import", "--kind=text", *flags[1:], f"--input={tmp_path / 'encodec'}") == 1
 
 
-def test_sound(corpus, tmp_path):
+def test_sound(corpus, tmp_path, capsys):
     flags = ("--kind=speech", f"--tokenizer={corpus / 'speech'}")
     assert tokenizer("encode", *flags, f"--input={corpus / '0.wav'}", f"--output={tmp_path / 'a.npy'}") == 0
     assert tokenizer("decode", *flags, f"--input={tmp_path / 'a.npy'}", f"--output={tmp_path / 'b.wav'}") == 0
     num_codes = np.load(tmp_path / "a.npy").shape[1]
     assert soundfile.info(tmp_path / "b.wav").frames == num_codes * test_speech.HOP
     assert tokenizer("evaluate", *flags, f"--input={corpus}", f"--json={tmp_path / 'table.json'}") == 0
-    assert json.loads((tmp_path / "table.json").read_text())["utterances"] == 3
+    numbers = json.loads((tmp_path / "table.json").read_text())
+    assert numbers["utterances"] == 3 and -100 <= numbers["si_sdr_db"] <= 100
+    assert numbers["encode_codes_per_second"] > 0 and numbers["decode_codes_per_second"] > 0
+    assert "converted" not in capsys.readouterr().out
+
+
+def test_conversions_of_sound_are_told(corpus, tmp_path, capsys):
+    """One line for all files that were converted alike; a page of them; silence has no ratio and is counted."""
+    for name, rate_hz, shape in (("a", 8000, (4000, 2)), ("b", 8000, (4000, 2)), ("<c>", 4000, (2000,))):
+        sound = np.zeros(shape) if name == "a" else np.random.default_rng(0).normal(0, 0.1, shape)
+        soundfile.write(tmp_path / f"{name}.wav", sound, rate_hz)
+    flags = ("--kind=speech", f"--tokenizer={corpus / 'speech'}", f"--input={tmp_path}")
+    line = "a.wav and 1 more: 8000 Hz, 2 channels, converted to 4000 Hz mono"
+    page = tmp_path / "page.html"
+    assert tokenizer("evaluate", *flags, f"--report={page}") == 0
+    told = capsys.readouterr().out
+    assert line in told and told.count("converted") == 1 and "1 of 3 utterances are silent" in told
+    text = page.read_text()
+    assert text.count("data:audio/wav;base64,") == text.count("data:image/png;base64,") == 6
+    assert "&lt;c&gt;.wav" in text and "<c>" not in text
+    one = (*flags[:2], f"--input={tmp_path / 'b.wav'}", f"--output={tmp_path / 'b.npy'}")
+    assert tokenizer("encode", *one) == 0
+    assert "b.wav: 8000 Hz, 2 channels, converted to 4000 Hz mono" in capsys.readouterr().out
+    recipe = json.loads(to_json(test_speech.TINY))
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    trained = ("train", "--kind=speech", f"--tokenizer={tmp_path / 'ours'}", flags[2])
+    assert tokenizer(*trained, f"--recipe={tmp_path / 'recipe.json'}", "--total_steps=2") == 0
+    assert line in capsys.readouterr().out
 
 
 def test_errors_are_one_line(corpus, tmp_path, capsys):
