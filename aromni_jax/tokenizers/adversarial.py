@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ import optax
 
 from aromni_jax.arrays import FloatArray, PyTree
 
+Loss = Callable[[FloatArray, FloatArray], tuple[FloatArray, dict[str, FloatArray]]]
+"""(reconstruction, target) -> (loss, named metrics)."""
 _LARGEST_WEIGHT = 1e4
 
 
@@ -45,10 +48,56 @@ class Adversary:
     last_layer: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class AdaptiveCriterion:
+    """A reconstruction loss and, with an adversary, its score by the adaptive weight (see `training.Criterion`)."""
+
+    loss: Loss
+    adversary: Adversary | None = None
+
+    @property
+    def start_fraction(self) -> float:
+        return self.adversary.recipe.start_fraction if self.adversary else 1.0
+
+    def initial_state(self, rng: jax.Array, example: FloatArray) -> PyTree:
+        """State of the discriminator; None without one."""
+        return initial_state(self.adversary, rng, example) if self.adversary else None
+
+    def codec_loss(
+        self,
+        state: PyTree,
+        decoded: FloatArray,
+        target: FloatArray,
+        decode: Callable[[PyTree], FloatArray],
+        params: PyTree,
+        against: bool,
+    ) -> tuple[FloatArray, dict[str, FloatArray], PyTree]:
+        """The codec's loss and its metrics; the state stays."""
+        total, metrics = self.loss(decoded, target)
+        if against and self.adversary:
+            reconstruction = partial(_first, self.loss, target)
+            score, weight = generator_loss(self.adversary, state["params"], decoded, decode, params, reconstruction)
+            total += weight * score
+            metrics |= {"generator": score, "generator_weight": weight}
+        return total, metrics, state
+
+    def learn(
+        self, state: PyTree, target: FloatArray, decoded: FloatArray, rng: jax.Array, against: bool
+    ) -> tuple[PyTree, dict[str, FloatArray]]:
+        """The state after the discriminator has seen both, and what it thinks of them."""
+        if against and self.adversary:
+            return discriminator_step(self.adversary, state, target, decoded)
+        return state, {}
+
+
+def _first(loss: Loss, target: FloatArray, made: FloatArray) -> FloatArray:
+    return loss(made, target)[0]
+
+
 def initial_state(adversary: Adversary, rng: jax.Array, example: FloatArray) -> PyTree:
     """{"params", "opt_state"} of a discriminator that has seen nothing."""
     params = adversary.net.init(rng, example)["params"]
-    return {"params": params, "opt_state": _optimizer(adversary.recipe).init(params)}
+    return {"params": params, "opt_state": discriminator_optimizer(adversary.recipe.learning_rate).init(params)}
 
 
 def generator_loss(
@@ -99,12 +148,15 @@ def discriminator_step(
         return total, metrics
 
     grads, metrics = jax.grad(objective, has_aux=True)(state["params"])
-    updates, opt_state = _optimizer(adversary.recipe).update(grads, state["opt_state"], state["params"])
+    updates, opt_state = discriminator_optimizer(adversary.recipe.learning_rate).update(
+        grads, state["opt_state"], state["params"]
+    )
     return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}, metrics
 
 
-def _optimizer(recipe: AdversarialRecipe) -> optax.GradientTransformation:
-    return optax.adam(recipe.learning_rate, b1=0.5, b2=0.9)
+def discriminator_optimizer(learning_rate: float) -> optax.GradientTransformation:
+    """Adam with little memory, as discriminators of pictures and of sound are published with."""
+    return optax.adam(learning_rate, b1=0.5, b2=0.9)
 
 
 def _leaf(tree: PyTree, path: tuple[str, ...]) -> Any:

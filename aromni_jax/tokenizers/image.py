@@ -17,7 +17,7 @@ import PIL.Image
 from aromni_jax import config as config_lib
 from aromni_jax.arrays import FloatArray, IntArray, PyTree
 from aromni_jax.tokenizers import storage
-from aromni_jax.tokenizers.adversarial import AdversarialRecipe, Adversary
+from aromni_jax.tokenizers.adversarial import AdaptiveCriterion, AdversarialRecipe, Adversary
 from aromni_jax.tokenizers.nets import quantize
 from aromni_jax.tokenizers.nets.patchgan import PatchGAN, PatchGANConfig
 from aromni_jax.tokenizers.nets.vqgan import VQGAN, VQGANConfig
@@ -274,16 +274,14 @@ def train_image_tokenizer(
     params, codebook_CE = train_codec(
         VQGAN(config.net),
         batch_at,
-        loss,
+        AdaptiveCriterion(loss, adversary),
         config.recipe,
-        num_codes=config.num_codes,
-        code_dim=config.net.code_dim,
+        quantizer=quantize.OneCodebook(config.num_codes, config.net.code_dim),
         seed=seed,
         workdir=workdir,
         identity=identity,
         progress=progress,
         normalize_latents=config.normalize_latents,
-        adversary=adversary,
     )
     return ImageTokenizer(config, params, codebook_CE)
 

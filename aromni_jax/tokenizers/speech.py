@@ -16,7 +16,8 @@ import numpy as np
 from aromni_jax import config as config_lib
 from aromni_jax.arrays import FloatArray, PyTree
 from aromni_jax.tokenizers import storage
-from aromni_jax.tokenizers.nets import spectral
+from aromni_jax.tokenizers.adversarial import AdaptiveCriterion
+from aromni_jax.tokenizers.nets import quantize, spectral
 from aromni_jax.tokenizers.nets.vocos import Vocos, VocosConfig
 from aromni_jax.tokenizers.speech_codecs import Codec, SeanetCodec, VocosCodec, WavTokenizerCodec, streaming_codec
 from aromni_jax.tokenizers.speech_input import Report, checked_waveform, prepare_sound
@@ -279,10 +280,9 @@ def train_speech_tokenizer(
     params, codebook_CE = train_codec(
         Vocos(config.net),
         batch_at,
-        _reconstruction_loss(config),
+        AdaptiveCriterion(_reconstruction_loss(config)),
         config.recipe,
-        num_codes=config.num_codes,
-        code_dim=config.net.code_dim,
+        quantizer=quantize.OneCodebook(config.num_codes, config.net.code_dim),
         seed=seed,
         workdir=workdir,
         identity=identity,

@@ -1,8 +1,8 @@
-"""Training of a codec: any encoder and decoder around one codebook, on batches made by a pure function of the step.
+"""Training of a codec: any encoder and decoder around a quantizer, on batches made by a pure function of the step.
 
-The same trainer serves pictures and speech; they bring a net, a batch function, a reconstruction loss and, if they want
-one, a discriminator. It can be interrupted anywhere: its whole state is one file, and the steps after a restart are the
-ones that would have been. Sources: van den Oord et al. 2017 (VQ-VAE); Esser et al. 2021 (adversarial training).
+The same trainer serves pictures and speech; they bring a net, a batch function, a quantizer of one or many codebooks,
+and a criterion: a reconstruction loss with or without a discriminator. It can be interrupted anywhere: its whole state
+is one file, and the steps after a restart are the ones that would have been. Source: van den Oord et al. 2017 (VQ-VAE).
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ import numpy as np
 import optax
 
 from aromni_jax.arrays import FloatArray, PyTree
-from aromni_jax.tokenizers import adversarial, storage
-from aromni_jax.tokenizers.adversarial import Adversary
+from aromni_jax.tokenizers import storage
 from aromni_jax.tokenizers.nets import quantize
+from aromni_jax.tokenizers.nets.quantize import Codebook, Quantized
 
 Progress = Callable[[dict[str, Any]], None]
 """Receives {"step", "total_steps", "loss", ...} now and then; what it raises stops the training."""
-Loss = Callable[[FloatArray, FloatArray], tuple[FloatArray, dict[str, FloatArray]]]
-"""(reconstruction, target) -> (loss, named metrics)."""
 
 _SAVE_EVERY_SECONDS = 30.0
 _KMEANS_BATCHES = 8
@@ -39,6 +37,62 @@ class CodecNet(Protocol):
     def init(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def apply(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class Quantizer(Protocol):
+    """One or many codebooks between encoder and decoder; a `Codebook` of K codebooks has K first in each array."""
+
+    @property
+    def num_codes(self) -> int: ...
+
+    @property
+    def code_dim(self) -> int: ...
+
+    def empty(self) -> Codebook:
+        """A place for the start."""
+
+    def start(self, rng: jax.Array, samples_XE: FloatArray, count_per_step: FloatArray) -> Codebook:
+        """Codebooks that stand where the samples are; `count_per_step`: latents per training step."""
+
+    def quantize(self, table: FloatArray, latents: FloatArray, rng: jax.Array) -> Quantized:
+        """Codes of latents [..., E] in `table`, the embedding of a codebook."""
+
+    def update(self, codebook: Codebook, quantized: Quantized, decay: float) -> Codebook:
+        """The codebook after one step of its moving averages."""
+
+    def revive(self, codebook: Codebook, quantized: Quantized, rng: jax.Array, below: float) -> Codebook:
+        """The codebook with codes used less than `below` times the average started anew."""
+
+    def perplexity(self, quantized: Quantized) -> FloatArray:
+        """Of the codes chosen, a mean over codebooks."""
+
+
+class Criterion(Protocol):
+    """What a codec is trained towards, and what learns beside it; its state is part of the training's.
+
+    `start_fraction`: where in the run `against` becomes true, that is, the discriminator starts; 1 without one.
+    """
+
+    @property
+    def start_fraction(self) -> float: ...
+
+    def initial_state(self, rng: jax.Array, example: FloatArray) -> PyTree: ...
+
+    def codec_loss(
+        self,
+        state: PyTree,
+        decoded: FloatArray,
+        target: FloatArray,
+        decode: Callable[[PyTree], FloatArray],
+        params: PyTree,
+        against: bool,
+    ) -> tuple[FloatArray, dict[str, FloatArray], PyTree]:
+        """(loss of `decoded`, metrics, state after); `decode` makes `decoded` again from parameters like `params`."""
+
+    def learn(
+        self, state: PyTree, target: FloatArray, decoded: FloatArray, rng: jax.Array, against: bool
+    ) -> tuple[PyTree, dict[str, FloatArray]]:
+        """(state after the discriminator's step, metrics)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +121,15 @@ class CodecRecipe:
     log_every_steps: int
     codebook_update: Literal["ema", "gradient"] = "ema"
     codebook_weight: float = 1.0
+    adam_betas: tuple[float, ...] = (0.9, 0.99)
 
     def __post_init__(self) -> None:
         if self.total_steps < 1 or self.batch_size < 1:
             raise ValueError(f"total_steps {self.total_steps} and batch_size {self.batch_size} must be at least 1")
         if not (0 <= self.warmup_fraction < 1 and 0 <= self.continuous_fraction < 1):
             raise ValueError("warmup_fraction and continuous_fraction must lie in [0, 1)")
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"adam_betas {self.adam_betas} must be two numbers in [0, 1)")
 
     @property
     def continuous_steps(self) -> int:
@@ -82,48 +139,45 @@ class CodecRecipe:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CodecState:
-    """Everything that changes during training; `adversary` is {"params", "opt_state"} of a discriminator, or None."""
+    """Everything that changes during training; `adversary` is what the criterion keeps: a discriminator, or None."""
 
     step: Any
     params: PyTree
     opt_state: PyTree
-    codebook: quantize.Codebook
+    codebook: Codebook
     adversary: PyTree = None
 
 
 def train_codec(
     net: CodecNet,
     batch_at: Callable[[np.random.Generator], np.ndarray],
-    loss: Loss,
+    criterion: Criterion,
     recipe: CodecRecipe,
     *,
-    num_codes: int,
-    code_dim: int,
+    quantizer: Quantizer,
     seed: int,
     workdir: str | Path,
     identity: str,
     progress: Progress,
     normalize_latents: bool = True,
-    adversary: Adversary | None = None,
 ) -> tuple[PyTree, np.ndarray]:
-    """Trains `net` and a codebook; returns (parameters, embedding_CE).
+    """Trains `net` and the codebooks of `quantizer`; returns (parameters, embedding [C, E], or [K, C, E] of many).
 
     Args:
       batch_at: makes one batch from a random generator that depends on (seed, step) only.
       workdir: holds `training.safetensors`, from which an interrupted training goes on.
       identity: describes net, recipe and data; a state in `workdir` made with another one is refused.
       normalize_latents: latents meet the codes with mean square 1.
-      adversary: what the codec is trained against, or None.
 
     Raises:
       ValueError: `workdir` holds the state of another training, or the loss is no longer finite.
     """
     warmup_steps = int(recipe.total_steps * recipe.warmup_fraction)
     schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, warmup_steps, recipe.total_steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(recipe.clip_norm), optax.adam(schedule, b1=0.9, b2=0.99))
+    optimizer = optax.chain(optax.clip_by_global_norm(recipe.clip_norm), optax.adam(schedule, *recipe.adam_betas))
 
     learns_codes = recipe.codebook_update == "gradient"
-    adversarial_start = int(recipe.total_steps * adversary.recipe.start_fraction) if adversary else recipe.total_steps
+    adversarial_start = int(recipe.total_steps * criterion.start_fraction)
 
     def batch(step: int) -> np.ndarray:
         return batch_at(np.random.default_rng((seed, step)))
@@ -135,76 +189,61 @@ def train_codec(
     def decode(params: PyTree, latents: FloatArray) -> FloatArray:
         return net.apply({"params": params}, latents, method="decode")
 
-    def trained_of(params: PyTree, codebook: quantize.Codebook) -> PyTree:
+    def trained_of(params: PyTree, codebook: Codebook) -> PyTree:
         return (params, codebook.embedding_CE) if learns_codes else params
 
     @jax.jit
     def start(rng: jax.Array, first_batch: FloatArray) -> CodecState:
         params = net.init(rng, first_batch)["params"]
-        codebook = quantize.empty_codebook(num_codes, code_dim)
+        codebook = quantizer.empty()
         opt_state = optimizer.init(trained_of(params, codebook))
-        opponent = adversarial.initial_state(adversary, jax.random.fold_in(rng, 1), first_batch) if adversary else None
+        opponent = criterion.initial_state(jax.random.fold_in(rng, 1), first_batch)
         return CodecState(jnp.int32(0), params, opt_state, codebook, opponent)
 
     @partial(jax.jit, donate_argnums=0, static_argnames="against")
-    def train_step(
-        state: CodecState, target: FloatArray, against: Adversary | None
-    ) -> tuple[CodecState, dict[str, FloatArray]]:
+    def train_step(state: CodecState, target: FloatArray, against: bool) -> tuple[CodecState, dict[str, FloatArray]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         quantized = state.step >= recipe.continuous_steps
 
         def objective(trained: PyTree) -> tuple[FloatArray, Any]:
             params, table_CE = trained if learns_codes else (trained, state.codebook.embedding_CE)
             latents = encode(params, target)
-            codes = quantize.nearest_codes(jax.lax.stop_gradient(table_CE), jax.lax.stop_gradient(latents))
-            chosen = table_CE[codes]
-            straight_through = latents + jax.lax.stop_gradient(chosen - latents)
+            result = quantizer.quantize(table_CE, latents, jax.random.fold_in(rng, 1))
+            straight_through = latents + jax.lax.stop_gradient(result.chosen - latents)
             into_decoder = jnp.where(quantized, straight_through, latents)
             decoded = decode(params, into_decoder)
-            total, metrics = loss(decoded, target)
-            if against:
-                score, weight = adversarial.generator_loss(
-                    against,
-                    state.adversary["params"],
-                    decoded,
-                    partial(decode, latents=jax.lax.stop_gradient(into_decoder)),
-                    params,
-                    lambda made: loss(made, target)[0],
-                )
-                total += weight * score
-                metrics |= {"generator": score, "generator_weight": weight}
-            commitment = jnp.mean(jnp.square(latents - jax.lax.stop_gradient(chosen)))
-            total += recipe.commitment_weight * jnp.where(quantized, commitment, 0.0)
+            decode_again = partial(decode, latents=jax.lax.stop_gradient(into_decoder))
+            total, metrics, opponent = criterion.codec_loss(
+                state.adversary, decoded, target, decode_again, params, against
+            )
+            total += recipe.commitment_weight * jnp.where(quantized, result.commitment, 0.0)
             if learns_codes:
-                distance = jnp.mean(jnp.square(jax.lax.stop_gradient(latents) - chosen))
+                distance = jnp.mean(jnp.square(jax.lax.stop_gradient(latents) - result.chosen))
                 total += recipe.codebook_weight * jnp.where(quantized, distance, 0.0)
-            metrics |= {"loss": total, "perplexity": quantize.perplexity(codes, num_codes), "commitment": commitment}
-            return total, (metrics, latents.reshape(-1, code_dim), codes.reshape(-1), decoded)
+            metrics |= {"loss": total, "perplexity": quantizer.perplexity(result), "commitment": result.commitment}
+            return total, (metrics, result, decoded, opponent)
 
         trained = trained_of(state.params, state.codebook)
-        grads, (metrics, latents_XE, codes_X, decoded) = jax.grad(objective, has_aux=True)(trained)
+        grads, (metrics, result, decoded, opponent) = jax.grad(objective, has_aux=True)(trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
-        moved = quantize.update(state.codebook, latents_XE, codes_X, recipe.codebook_decay)
+        moved = quantizer.update(state.codebook, result, recipe.codebook_decay)
         params = trained
         if learns_codes:
             params, table_CE = trained
             moved = quantize.placed_at(moved, table_CE)
         revives = quantized & (state.step % recipe.revive_every_steps == 0) & (state.step < 0.8 * recipe.total_steps)
-        moved = jax.lax.cond(
-            revives, lambda: quantize.revive(moved, latents_XE, rng, recipe.revive_below), lambda: moved
-        )
+        moved = jax.lax.cond(revives, lambda: quantizer.revive(moved, result, rng, recipe.revive_below), lambda: moved)
         codebook = jax.tree.map(partial(jnp.where, quantized), moved, state.codebook)
-        metrics["codes_used"] = jnp.mean(codebook.count_C > recipe.revive_below * codebook.count_C.mean())
-        opponent = state.adversary
-        if against:
-            opponent, learnt = adversarial.discriminator_step(against, opponent, target, decoded)
-            metrics |= learnt
+        average = codebook.count_C.mean(axis=-1, keepdims=True)
+        metrics["codes_used"] = jnp.mean(codebook.count_C > recipe.revive_below * average)
+        opponent, learnt = criterion.learn(opponent, target, decoded, jax.random.fold_in(rng, 2), against)
+        metrics |= learnt
         return CodecState(state.step + 1, params, opt_state, codebook, opponent), metrics
 
     @jax.jit
     def latents_of(params: PyTree, target: FloatArray) -> FloatArray:
-        return encode(params, target).reshape(-1, code_dim)
+        return encode(params, target).reshape(-1, quantizer.code_dim)
 
     path = Path(workdir) / "training.safetensors"
     # The hardware generator: drawing with threefry would take longer to compile than the train step.
@@ -219,9 +258,9 @@ def train_codec(
             # Batches of this and later steps: a restart at this very step makes the same codebook.
             batches = [latents_of(state.params, batch(step + i)) for i in range(_KMEANS_BATCHES)]
             per_step = jnp.float32(batches[0].shape[0])
-            codebook = quantize.kmeans_codebook(jax.random.key(seed), jnp.concatenate(batches), per_step, num_codes)
+            codebook = quantizer.start(jax.random.key(seed), jnp.concatenate(batches), per_step)
             state = dataclasses.replace(state, codebook=codebook)
-        state, metrics = train_step(state, batch(step), against=adversary if step >= adversarial_start else None)
+        state, metrics = train_step(state, batch(step), against=step >= adversarial_start)
         done = step + 1
         if done % recipe.log_every_steps == 0 or done == recipe.total_steps:
             values = {name: float(value) for name, value in metrics.items()}

@@ -26,6 +26,57 @@ class Codebook:
     count_C: FloatArray
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """What a quantizer made of latents [..., E].
+
+    `chosen` [..., E] is where the codes stand, with gradient to them; `commitment` how far the latents are from there.
+    `inputs_XE` and `codes_X` are what the codebook received and answered, X latents; of a residual quantizer they have
+    K first.
+    """
+
+    chosen: FloatArray
+    commitment: FloatArray
+    inputs_XE: FloatArray
+    codes_X: IntArray
+
+
+@dataclasses.dataclass(frozen=True)
+class OneCodebook:
+    """The quantizer of one codebook, as a trainer uses it (see `training.Quantizer`)."""
+
+    num_codes: int
+    code_dim: int
+
+    def empty(self) -> Codebook:
+        """A place for the k-means start."""
+        return empty_codebook(self.num_codes, self.code_dim)
+
+    def start(self, rng: jax.Array, samples_XE: FloatArray, count_per_step: FloatArray) -> Codebook:
+        """The codebook of k-means centres: see `kmeans_codebook`."""
+        return kmeans_codebook(rng, samples_XE, count_per_step, self.num_codes)
+
+    def quantize(self, table_CE: FloatArray, latents: FloatArray, rng: jax.Array) -> Quantized:
+        """The nearest code of each latent [..., E]; nothing here is random."""
+        codes = nearest_codes(jax.lax.stop_gradient(table_CE), jax.lax.stop_gradient(latents))
+        chosen = table_CE[codes]
+        commitment = jnp.mean(jnp.square(latents - jax.lax.stop_gradient(chosen)))
+        return Quantized(chosen, commitment, latents.reshape(-1, self.code_dim), codes.reshape(-1))
+
+    def update(self, codebook: Codebook, quantized: Quantized, decay: float) -> Codebook:
+        """The codebook after one step of its moving averages."""
+        return update(codebook, quantized.inputs_XE, quantized.codes_X, decay)
+
+    def revive(self, codebook: Codebook, quantized: Quantized, rng: jax.Array, below: float) -> Codebook:
+        """The codebook with dead codes started anew: see `revive`."""
+        return revive(codebook, quantized.inputs_XE, rng, below)
+
+    def perplexity(self, quantized: Quantized) -> FloatArray:
+        """See `perplexity`."""
+        return perplexity(quantized.codes_X, self.num_codes)
+
+
 def empty_codebook(num_codes: int, code_dim: int) -> Codebook:
     """All zeros: a place for the k-means start."""
     table_CE = jnp.zeros((num_codes, code_dim), jnp.float32)
