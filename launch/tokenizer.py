@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         default="quickstart",
         metavar="NAME|FILE",
-        help="train --kind=image|speech: quickstart, chameleon (image), or a file like a saved tokenizer's config.json",
+        help="train --kind=image|speech: quickstart, chameleon (image), encodec or seanet-small (speech), or a file "
+        "like a saved tokenizer's config.json (SEANet: training/recipe.json)",
     )
     parser.add_argument("--total_steps", type=int, help="train --kind=image|speech: overrides the recipe")
     parser.add_argument("--num_codes", type=int, help="train --kind=image|speech: overrides the size of the codebook")
@@ -101,7 +102,7 @@ def main(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> None:
     import dataclasses
 
-    from aromni_jax.tokenizers import image, speech
+    from aromni_jax.tokenizers import image, seanet_training, speech
     from aromni_jax.tokenizers.text import SentencePieceText
 
     if args.kind == "text":
@@ -125,7 +126,10 @@ def _train(args: argparse.Namespace) -> None:
         conversions = Conversions()
         waveforms = [speech.prepare_sound(path, None, rate_hz, conversions) for path in _paths(args)]
         conversions.show()
-        tokenizer = speech.train_speech_tokenizer(waveforms, config, args.seed, workdir, meter)
+        if isinstance(config, seanet_training.SeanetTraining):
+            tokenizer = seanet_training.train_seanet_tokenizer(waveforms, config, args.seed, workdir, meter)
+        else:
+            tokenizer = speech.train_speech_tokenizer(waveforms, config, args.seed, workdir, meter)
     tokenizer.save(args.tokenizer, args.dtype)
     saved = type(tokenizer).load(args.tokenizer)
     print(f"{saved.num_codes} codes, fingerprint {saved.fingerprint[:16]}, in {args.tokenizer}")
@@ -134,17 +138,20 @@ def _train(args: argparse.Namespace) -> None:
 def _recipe(args: argparse.Namespace) -> Any:
     """What --recipe names: a config of this house, or a file like the config.json of a saved tokenizer."""
     from aromni_jax.config import from_mapping
-    from aromni_jax.tokenizers import image, speech, storage
+    from aromni_jax.tokenizers import image, seanet_training, speech, storage
 
     named: dict[str, Any] = {"quickstart": image.QUICKSTART, "chameleon": image.CHAMELEON}
     kind: Any = image.ImageTokenizerConfig
     if args.kind == "speech":
-        named, kind = {"quickstart": speech.QUICKSTART}, speech.SpeechTokenizerConfig
+        named, kind = {"quickstart": speech.QUICKSTART, **seanet_training.RECIPES}, speech.SpeechTokenizerConfig
     if args.recipe in named:
         return named[args.recipe]
     if not Path(args.recipe).is_file():
         raise FileNotFoundError(f"--recipe={args.recipe} is neither a file nor one of {', '.join(named)}")
-    return from_mapping(kind, storage.read_json(args.recipe))
+    values = storage.read_json(args.recipe)
+    if args.kind == "speech" and "family" in values:
+        kind = seanet_training.SeanetTraining
+    return from_mapping(kind, values)
 
 
 def _import(args: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from aromni_jax.tokenizers.adversarial import AdaptiveCriterion
 from aromni_jax.tokenizers.nets import quantize, spectral
 from aromni_jax.tokenizers.nets.vocos import Vocos, VocosConfig
 from aromni_jax.tokenizers.speech_codecs import Codec, SeanetCodec, VocosCodec, WavTokenizerCodec, streaming_codec
-from aromni_jax.tokenizers.speech_input import Report, checked_waveform, prepare_sound
+from aromni_jax.tokenizers.speech_input import RandomCrops, Report, checked_waveform, prepare_sound
 from aromni_jax.tokenizers.speech_stream import DecoderStream, EncoderStream, Window, WindowedDecoder, WindowedEncoder
 from aromni_jax.tokenizers.training import CodecRecipe, Progress, train_codec
 
@@ -261,31 +260,19 @@ def train_speech_tokenizer(
     Raises:
       ValueError: no or bad waveforms, or a `workdir` used with other settings or waveforms.
     """
-    if not waveforms:
-        raise ValueError("cannot train a speech tokenizer on no utterances")
-    checked = [checked_waveform(waveform, f"waveform {i}").astype(np.float32) for i, waveform in enumerate(waveforms)]
     if 8 * config.recipe.batch_size * config.crop_codes < config.num_codes:
         raise ValueError(f"{config.num_codes} codes need larger batches or crops to start from")
-    crop = config.crop_codes * config.net.hop
-    starts = np.cumsum([0, *(len(waveform) for waveform in checked)])
-    everything = np.concatenate([*checked, np.zeros(crop, np.float32)])
-
-    def batch_at(generator: np.random.Generator) -> np.ndarray:
-        # Crops run across the border of utterances: sound begins and ends at any place of a crop.
-        chosen = generator.integers(0, starts[-1], config.recipe.batch_size)
-        return np.stack([everything[start : start + crop] for start in chosen])
-
-    data = hashlib.sha256(everything.tobytes()).hexdigest()[:16]
-    identity = json.dumps({"config": dataclasses.asdict(config), "seed": seed, "waveforms": data}, sort_keys=True)
+    crops = RandomCrops(waveforms, config.crop_codes * config.net.hop, config.recipe.batch_size)
+    description = {"config": storage.describe(config), "seed": seed, "waveforms": crops.fingerprint}
     params, codebook_CE = train_codec(
         Vocos(config.net),
-        batch_at,
+        crops.batch,
         AdaptiveCriterion(_reconstruction_loss(config)),
         config.recipe,
         quantizer=quantize.OneCodebook(config.num_codes, config.net.code_dim),
         seed=seed,
         workdir=workdir,
-        identity=identity,
+        identity=json.dumps(description, sort_keys=True),
         progress=progress,
     )
     return SpeechTokenizer(config, params, codebook_CE)

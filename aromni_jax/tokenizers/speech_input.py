@@ -5,9 +5,10 @@ Long sound is read, averaged and resampled a block at a time, so that memory hol
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,29 @@ def checked_waveform(waveform: np.ndarray, name: str, first_sample: int = 0) -> 
         bad = first_sample + int(np.flatnonzero(~np.isfinite(waveform))[0])
         raise ValueError(f"{name} has a value that is not a number (sample {bad})")
     return waveform
+
+
+class RandomCrops:
+    """Training batches [B, T] of crops from everywhere in float32 waveforms [T] of one rate.
+
+    Crops run across the border of utterances: sound begins and ends at any place of a crop. ValueError for waveforms
+    that are none, empty or not finite, by index.
+    """
+
+    def __init__(self, waveforms: Sequence[np.ndarray], crop_samples: int, batch_size: int) -> None:
+        if not waveforms:
+            raise ValueError("cannot train a speech tokenizer on no utterances")
+        checked = [checked_waveform(wave, f"waveform {i}").astype(np.float32) for i, wave in enumerate(waveforms)]
+        self._everything = np.concatenate([*checked, np.zeros(crop_samples, np.float32)])
+        self._crop_samples, self._batch_size = crop_samples, batch_size
+
+    def batch(self, generator: np.random.Generator) -> np.ndarray:
+        """The batch that this generator draws."""
+        num_starts = len(self._everything) - self._crop_samples
+        starts = generator.integers(0, num_starts, self._batch_size)
+        return np.stack([self._everything[start : start + self._crop_samples] for start in starts])
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the waveforms, their order and the length of crops."""
+        return hashlib.sha256(self._everything.tobytes()).hexdigest()[:16]
