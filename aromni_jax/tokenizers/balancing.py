@@ -157,7 +157,7 @@ class BalancedCriterion:
 
     def _averaged(self, norm: FloatArray, gradient: FloatArray) -> FloatArray:
         decay = self.recipe.decay
-        # Per item of the batch, as released: a norm of the whole batch would leave little beside the commitment.
+        # Per item of the batch, as released: how this weighs against the commitment depends on it.
         items = gradient.reshape(gradient.shape[0], -1)
         newest = jnp.mean(jnp.sqrt(jnp.sum(jnp.square(items), axis=1)))
         return decay * norm + (1 - decay) * jnp.stack([newest, jnp.float32(1)])
