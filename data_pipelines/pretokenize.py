@@ -44,6 +44,7 @@ class PretokenizeConfig:
     of its parts. A conversation of more than `max_tokens` tokens (0: no limit) is dropped and counted, or an error, as
     `too_long` says. Records that cannot be used go to the quarantine file with the reason; more than
     `max_bad_fraction` of them stop the run.
+    `media_batch_size` files for each local device are read, and then encoded, at a time.
     """
 
     source: str
@@ -223,7 +224,7 @@ class _Job:
         failures: dict[MediaFile, RecordError] = {}
         for kind in ("image", "speech"):
             wanted = [file for file in files if file.kind == kind]
-            for batch in _chunks(wanted, self.config.media_batch_size):
+            for batch in _chunks(wanted, self.config.media_batch_size * jax.local_device_count()):
                 prepared: dict[MediaFile, np.ndarray] = {}
                 for file in batch:
                     try:

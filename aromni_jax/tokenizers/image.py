@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from aromni_jax.tokenizers.nets import quantize
 from aromni_jax.tokenizers.nets.patchgan import PatchGAN, PatchGANConfig
 from aromni_jax.tokenizers.nets.vqgan import VQGAN, VQGANConfig
 from aromni_jax.tokenizers.pictures import prepare_image
+from aromni_jax.tokenizers.replicas import Batch, Replicas, ReplicatedFunction
 from aromni_jax.tokenizers.training import CodecNet, CodecRecipe, Progress, train_codec
 
-_PIXELS_PER_CALL = 16 * 64 * 64
-"""A compiled call holds up to 16 pictures, fewer when they are large. The number depends on the size of a picture and
-on nothing else, so no result can depend on what stands beside it."""
+_PIXELS_PER_DEVICE = 16 * 64 * 64
+"""In a compiled call every device has up to 16 pictures, fewer when they are large. The number depends on the size of a
+picture and on nothing else, so no result can depend on what stands beside it, or on how many devices there are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,31 +124,39 @@ CHAMELEON = ImageTokenizerConfig(
 
 
 class ImageTokenizer:
-    """Pictures to codes and back, in batches of any size."""
+    """Pictures to codes and back, in batches of any size, on all local devices or those given.
 
-    def __init__(self, config: ImageTokenizerConfig, params: PyTree, codebook_CE: np.ndarray) -> None:
+    Codes and pictures of an item depend on nothing but the item: neither on its neighbours nor on the devices' number.
+    """
+
+    def __init__(
+        self,
+        config: ImageTokenizerConfig,
+        params: PyTree,
+        codebook_CE: np.ndarray,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
         self.config = config
         self.params = params
         self.codebook_CE = np.asarray(codebook_CE, np.float32)
         net: CodecNet = VQGAN(config.net)
         grid, width = config.net.grid_size, config.net.code_dim
-        self._batch = min(16, max(1, _PIXELS_PER_CALL // config.net.image_size**2))
 
-        @jax.jit
-        def encode(params: PyTree, codebook_CE: FloatArray, pixels_BHWC: IntArray) -> IntArray:
+        def encode(weights: PyTree, pixels_BHWC: IntArray) -> IntArray:
             # Codes made on one kind of device are read on another: no reduced precision, which some have by default.
             with jax.default_matmul_precision("highest"):
-                latents = net.apply({"params": params}, _to_unit(pixels_BHWC), method="encode")
+                latents = net.apply({"params": weights["params"]}, _to_unit(pixels_BHWC), method="encode")
                 if config.normalize_latents:
                     latents = quantize.normalize(latents)
-                return quantize.nearest_codes(codebook_CE, latents).reshape(len(pixels_BHWC), -1)
+                return quantize.nearest_codes(weights["codebook_CE"], latents).reshape(len(pixels_BHWC), -1)
 
-        @jax.jit
-        def decode(params: PyTree, codebook_CE: FloatArray, codes_BP: IntArray) -> IntArray:
-            latents = codebook_CE[codes_BP].reshape(-1, grid, grid, width)
-            return _to_uint8(net.apply({"params": params}, latents, method="decode"))
+        def decode(weights: PyTree, codes_BP: IntArray) -> IntArray:
+            latents = weights["codebook_CE"][codes_BP].reshape(-1, grid, grid, width)
+            return _to_uint8(net.apply({"params": weights["params"]}, latents, method="decode"))
 
-        self._encode, self._decode = encode, decode
+        self._replicas = Replicas(self._tree(), devices)
+        self._encode = ReplicatedFunction(encode, self._replicas)
+        self._decode = ReplicatedFunction(decode, self._replicas)
 
     @property
     def num_codes(self) -> int:
@@ -170,7 +179,7 @@ class ImageTokenizer:
     def encode(self, pixels_BHWC: np.ndarray) -> np.ndarray:
         """uint8 pictures [B, image_size, image_size, 3] to int32 codes [B, P]; ValueError for another shape or type."""
         pixels_BHWC = _checked_pixels(pixels_BHWC, self.image_size)
-        codes = [np.asarray(self._encode(self.params, self.codebook_CE, part)) for part in self._batches(pixels_BHWC)]
+        codes = self._encode.in_turn(self._batches(pixels_BHWC))
         return np.concatenate([np.zeros((0, self.tokens_per_image), np.int32), *codes])[: len(pixels_BHWC)]
 
     def decode(self, codes_BP: np.ndarray) -> np.ndarray:
@@ -187,7 +196,7 @@ class ImageTokenizer:
             raise ValueError(
                 f"image codes must lie in 0..{self.num_codes - 1}, found {codes_BP.min()}..{codes_BP.max()}"
             )
-        pixels = [np.asarray(self._decode(self.params, self.codebook_CE, part)) for part in self._batches(codes_BP)]
+        pixels = self._decode.in_turn(self._batches(codes_BP))
         empty = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
         return np.concatenate([empty, *pixels])[: len(codes_BP)]
 
@@ -215,10 +224,11 @@ class ImageTokenizer:
     def _tree(self) -> Mapping[str, Any]:
         return {"params": self.params, "codebook_CE": self.codebook_CE}
 
-    def _batches(self, items: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(items), self._batch):
-            part = items[start : start + self._batch]
-            yield np.pad(part, [(0, self._batch - len(part)), *[(0, 0)] * (items.ndim - 1)])
+    def _batches(self, items: np.ndarray) -> Iterator[Batch]:
+        size = min(16, max(1, _PIXELS_PER_DEVICE // self.image_size**2)) * self._replicas.num_devices
+        for start in range(0, len(items), size):
+            part = items[start : start + size]
+            yield (np.pad(part, [(0, size - len(part)), *[(0, 0)] * (items.ndim - 1)]),), len(part)
 
 
 def abstract_tree(config: ImageTokenizerConfig) -> dict[str, Any]:

@@ -18,15 +18,17 @@ from aromni_jax.tokenizers import storage
 from aromni_jax.tokenizers.adversarial import AdaptiveCriterion
 from aromni_jax.tokenizers.nets import quantize, spectral
 from aromni_jax.tokenizers.nets.vocos import Vocos, VocosConfig
+from aromni_jax.tokenizers.replicas import Batch, Replicas, ReplicatedFunction
 from aromni_jax.tokenizers.speech_codecs import Codec, SeanetCodec, VocosCodec, WavTokenizerCodec, streaming_codec
 from aromni_jax.tokenizers.speech_input import RandomCrops, Report, checked_waveform, prepare_sound
 from aromni_jax.tokenizers.speech_stream import DecoderStream, EncoderStream, Window, WindowedDecoder, WindowedEncoder
 from aromni_jax.tokenizers.training import CodecRecipe, Progress, train_codec
 
 _SMALLEST_BUCKET = 64
-_CODES_PER_CALL = 1024
-"""A call holds as many utterances of a bucket as make this many codes (at least one): the shape of a call depends on
-the length of an utterance only, so its codes cannot depend on what stands beside it."""
+_CODES_PER_DEVICE = 1024
+"""In a call every device has as many utterances of a bucket as make this many codes (at least one): the shape of its
+work depends on the length of an utterance only, so codes depend neither on what stands beside them nor on how many
+devices there are."""
 _LONGEST_CALL = 4096
 """Codes of the longest utterance that is worked on as a whole: what bounds memory."""
 STREAM_WINDOW = Window(chunk_codes=8, context_codes=64, lookahead_codes=8)
@@ -89,10 +91,15 @@ class SpeechTokenizer:
     """Sound to codes and back, any number of utterances of any length, by a codec of any family.
 
     `config` is a codec, or the recipe one was trained by; `codebook` is [C, E], or [K, C, E] of a residual quantizer.
+    All local devices take part, or those given; what becomes of an utterance does not depend on their number.
     """
 
     def __init__(
-        self, config: SpeechTokenizerConfig | SeanetCodec | WavTokenizerCodec, params: PyTree, codebook: np.ndarray
+        self,
+        config: SpeechTokenizerConfig | SeanetCodec | WavTokenizerCodec,
+        params: PyTree,
+        codebook: np.ndarray,
+        devices: Sequence[jax.Device] | None = None,
     ) -> None:
         self.config = config
         self.codec: Codec = (
@@ -100,7 +107,9 @@ class SpeechTokenizer:
         )
         self.params = params
         self.codebook = np.asarray(codebook, np.float32)
-        self._encode, self._decode = jax.jit(self.codec.encode), jax.jit(self.codec.decode)
+        self._replicas = Replicas(self._variables, devices)
+        self._encode = ReplicatedFunction(self.codec.encode, self._replicas)
+        self._decode = ReplicatedFunction(self.codec.decode, self._replicas)
         self._streams: dict[tuple[str, Window], Any] = {}
 
     @property
@@ -150,17 +159,20 @@ class SpeechTokenizer:
         checked = [checked_waveform(waveform, f"waveform {i}") for i, waveform in enumerate(waveforms)]
         num_codes = [-(-len(waveform) // self.hop) for waveform in checked]
         codes: list[np.ndarray] = [np.zeros(0)] * len(checked)
-        for indices, bucket in _calls(num_codes):
-            if bucket > _LONGEST_CALL:
-                for i in indices:
-                    codes[i] = _through(self.stream_encoder(_LONG_WINDOW), checked[i], bucket_size=1024 * self.hop)
-                continue
-            waveform_BT = np.zeros((_rows(bucket), bucket * self.hop), np.float32)
-            lengths_B = np.zeros(len(waveform_BT), np.int32)
-            for row, i in enumerate(indices):
-                waveform_BT[row, : len(checked[i])] = checked[i]
-                lengths_B[row] = len(checked[i])
-            codes_BKU = np.asarray(self._encode(self._variables, waveform_BT, lengths_B))
+        whole, long = self._calls(num_codes)
+        for i in long:
+            codes[i] = _through(self.stream_encoder(_LONG_WINDOW), checked[i], bucket_size=1024 * self.hop)
+
+        def batches() -> Iterator[Batch]:
+            for indices, num_rows, bucket in whole:
+                waveform_BT = np.zeros((num_rows, bucket * self.hop), np.float32)
+                lengths_B = np.zeros(num_rows, np.int32)
+                for row, i in enumerate(indices):
+                    waveform_BT[row, : len(checked[i])] = checked[i]
+                    lengths_B[row] = len(checked[i])
+                yield (waveform_BT, lengths_B), len(indices)
+
+        for (indices, _, _), codes_BKU in zip(whole, self._encode.in_turn(batches())):
             for row, i in enumerate(indices):
                 codes[i] = codes_BKU[row, :, : num_codes[i]].copy()
         return codes
@@ -169,19 +181,22 @@ class SpeechTokenizer:
         """int codes [K, U] to float32 waveforms of exactly U * hop samples; ValueError for codes out of range."""
         checked = [_checked_codes(item, self.codec, f"codes {i}") for i, item in enumerate(codes)]
         waveforms: list[np.ndarray] = [np.zeros(0, np.float32)] * len(checked)
-        for indices, bucket in _calls([codes_KU.shape[1] for codes_KU in checked]):
-            if bucket > _LONGEST_CALL:
-                for i in indices:
-                    waveforms[i] = _through(self.stream_decoder(_LONG_WINDOW), checked[i], bucket_size=1024)
-                continue
-            codes_BKU = np.zeros((_rows(bucket), self.num_codebooks, bucket), np.int32)
-            lengths_B = np.zeros(len(codes_BKU), np.int32)
+        whole, long = self._calls([codes_KU.shape[1] for codes_KU in checked])
+        for i in long:
+            waveforms[i] = _through(self.stream_decoder(_LONG_WINDOW), checked[i], bucket_size=1024)
+
+        def batches() -> Iterator[Batch]:
+            for indices, num_rows, bucket in whole:
+                codes_BKU = np.zeros((num_rows, self.num_codebooks, bucket), np.int32)
+                lengths_B = np.zeros(num_rows, np.int32)
+                for row, i in enumerate(indices):
+                    lengths_B[row] = checked[i].shape[1]
+                    codes_BKU[row, :, : lengths_B[row]] = checked[i]
+                yield (codes_BKU, lengths_B), len(indices)
+
+        for (indices, _, _), waveform_BT in zip(whole, self._decode.in_turn(batches())):
             for row, i in enumerate(indices):
-                lengths_B[row] = checked[i].shape[1]
-                codes_BKU[row, :, : lengths_B[row]] = checked[i]
-            waveform_BT = np.asarray(self._decode(self._variables, codes_BKU, lengths_B))
-            for row, i in enumerate(indices):
-                waveforms[i] = waveform_BT[row, : lengths_B[row] * self.hop].copy()
+                waveforms[i] = waveform_BT[row, : checked[i].shape[1] * self.hop].copy()
         return waveforms
 
     def prepare(
@@ -239,6 +254,21 @@ class SpeechTokenizer:
         path = Path(directory) / "params.safetensors"
         tree = storage.load_tree(path, tokenizer.codec.shapes(), identity=_description(tokenizer.codec))
         return cls(config, tree["params"], np.asarray(tree[tokenizer.codec.codebook_name]))
+
+    def _calls(self, lengths: Sequence[int]) -> tuple[list[tuple[list[int], int, int]], list[int]]:
+        """(indices of utterances, rows, bucket) of each compiled call; and the indices of those too long for one."""
+        buckets: dict[int, list[int]] = {}
+        for index, length in enumerate(lengths):
+            if length:
+                buckets.setdefault(_bucket(length), []).append(index)
+        calls = []
+        for bucket, indices in sorted(buckets.items()):
+            num_rows = max(1, _CODES_PER_DEVICE // bucket) * self._replicas.num_devices
+            if bucket <= _LONGEST_CALL:
+                calls += [
+                    (indices[start : start + num_rows], num_rows, bucket) for start in range(0, len(indices), num_rows)
+                ]
+        return calls, [index for bucket, indices in buckets.items() if bucket > _LONGEST_CALL for index in indices]
 
     @property
     def _variables(self) -> dict[str, Any]:
@@ -323,21 +353,6 @@ def _through(stream: Any, sequence: np.ndarray, bucket_size: int) -> np.ndarray:
 
 def _bucket(num_codes: int) -> int:
     return max(_SMALLEST_BUCKET, 1 << (num_codes - 1).bit_length())
-
-
-def _rows(bucket: int) -> int:
-    return max(1, _CODES_PER_CALL // bucket)
-
-
-def _calls(lengths: Sequence[int]) -> Iterator[tuple[list[int], int]]:
-    """(indices of utterances, bucket) of each compiled call."""
-    buckets: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        if length:
-            buckets.setdefault(_bucket(length), []).append(index)
-    for bucket, indices in sorted(buckets.items()):
-        for start in range(0, len(indices), _rows(bucket)):
-            yield indices[start : start + _rows(bucket)], bucket
 
 
 def _checked_codes(codes_KU: np.ndarray, codec: Codec, name: str) -> np.ndarray:
