@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("launch.export", "a Hugging Face Chameleon directory from a checkpoint"),
     "import": ("launch.import_", "a Hugging Face Chameleon directory into a checkpoint"),
     "generate": ("launch.generate", "text, pictures and speech from a trained model"),
+    "bench": ("launch.bench", "ratios of speed: ours and the torch reference, in turn on the same cores"),
     "evaluate": ("launch.evaluate", "held-out numbers of a trained model"),
 }
 """Subcommand -> module, one line of help."""

@@ -13,9 +13,9 @@ import transformers
 
 from aromni_jax.interop.encodec_files import load_encodec, save_encodec
 from aromni_jax.interop.wavtokenizer_files import load_wavtokenizer, save_wavtokenizer
+from aromni_jax.peers.wavtokenizer import NUM_CODES, SMALL, WavTokenizerTorch
 from aromni_jax.tokenizers import storage
 from aromni_jax.tokenizers.speech import SpeechTokenizer
-from tests.fixtures.wavtokenizer_torch import NUM_CODES, SMALL, WavTokenizerTorch
 
 
 def tensors_of(tokenizer: SpeechTokenizer) -> dict[str, np.ndarray]:

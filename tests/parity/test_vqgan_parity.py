@@ -13,9 +13,9 @@ import torch
 import transformers
 
 from aromni_jax.interop.vqgan_files import PublishedVQGAN, published_names, write_vqgan
+from aromni_jax.peers.vqgan import Shape, TorchVQGAN, randomize
 from aromni_jax.tokenizers.image import CHAMELEON
 from aromni_jax.tokenizers.nets.vqgan import VQGAN
-from tests.fixtures.torch_vqgan import Shape, TorchVQGAN, randomize
 
 TOLERANCE = 1e-4
 

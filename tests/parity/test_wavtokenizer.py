@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from aromni_jax.interop.wavtokenizer_files import load_wavtokenizer
+from aromni_jax.peers.wavtokenizer import NUM_CODES, SMALL, WavTokenizerTorch
 from aromni_jax.tokenizers.nets.wavtokenizer import WavTokenizer
-from tests.fixtures.wavtokenizer_torch import NUM_CODES, SMALL, WavTokenizerTorch
 
 TOLERANCE = 1e-4
 LENGTHS = (24_000, 1, 7, 599, 601, 13_001, 38_400)

@@ -1,0 +1,58 @@
+"""`aromni bench`: two sides in turn, without codecs of full size."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from aromni_jax.peers.wavtokenizer import SMALL, WavTokenizerTorch
+from launch import bench, cli
+
+
+def test_sides_take_turns_and_the_table_has_the_fixed_keys(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def ask(worker, question):
+        asked.append((worker, question))
+        if question != "amount":
+            np.save(f"{worker[1]}/{worker[0]}_{question}.npy", np.arange(4))
+        return {"amount": 6.0, "encode": 2.0, "decode": 3.0}[question] / (2 if worker[0] == "ours" else 1)
+
+    class Worker(tuple):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(bench, "_ask", ask)
+    monkeypatch.setattr(bench, "_worker", lambda side, family, items, directory, cores: Worker((side, directory)))
+    path = tmp_path / "bench.json"
+    assert cli.run("bench", ["tokenizer", "--family=encodec", "--repeats=2", f"--json={path}"]) == 0
+    sides = [worker[0] for worker, question in asked if question == "encode"]
+    assert sides == ["peer", "ours", "ours", "peer", "ours", "peer"]
+    result = json.loads(path.read_text())["encodec/encode"]
+    fixed = {"ours", "limit", "peer", "ratio_to_limit", "ratio_to_peer", "unit", "shape", "device", "peer_name"}
+    assert fixed <= result.keys()
+    assert (result["ours"], result["peer"], result["ratio_to_peer"], result["limit"]) == (6.0, 3.0, 2.0, None)
+    assert "ratio 2.00" in capsys.readouterr().out
+
+
+def test_wrong_numbers_are_named(capsys):
+    assert cli.run("bench", ["tokenizer", "--num_cores=0"]) == 1
+    assert "--num_cores" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_the_reference_is_the_same_in_batches(length):
+    """What speed is compared with computes what parity is compared with."""
+    model = WavTokenizerTorch()
+    rng = np.random.default_rng(0)
+    codes_BU = rng.integers(0, 128, (2, length))
+    waveform_BT = (0.3 * rng.normal(size=(2, length * SMALL.encoder.hop))).astype(np.float32)
+    for row in range(2):
+        expected_T = model.decode(codes_BU[row])
+        np.testing.assert_allclose(model.decode_batch(codes_BU)[row], expected_T, atol=1e-5, rtol=0)
+        assert (model.encode_batch(waveform_BT)[row] == model.encode(waveform_BT[row])).mean() > 0.95
