@@ -186,10 +186,11 @@ def _limit(task: Task, text_tokens: int, speech_tokens: int, image_tokens: int) 
     """Most tokens of an answer: what its parts may take, and their delimiters."""
     from aromni_jax.structs import Task
 
+    if task == Task.TEXT_TO_SPEECH:
+        return speech_tokens + 3  # exactly: its beginning, its end, and the end of the answer
     parts = {
         Task.TEXT_TO_IMAGE: image_tokens,
         Task.SPEECH_TO_IMAGE: image_tokens + text_tokens,
-        Task.TEXT_TO_SPEECH: speech_tokens,
         Task.CHAT: 2 * text_tokens + speech_tokens + image_tokens,
     }
     return parts.get(task, text_tokens) + 8
