@@ -224,7 +224,9 @@ class _Job:
         failures: dict[MediaFile, RecordError] = {}
         for kind in ("image", "speech"):
             wanted = [file for file in files if file.kind == kind]
-            for batch in _chunks(wanted, self.config.media_batch_size * jax.local_device_count()):
+            tokenizer = self.bundle.image if kind == "image" else self.bundle.speech
+            num_devices = tokenizer.num_devices if tokenizer else 1
+            for batch in _chunks(wanted, self.config.media_batch_size * num_devices):
                 prepared: dict[MediaFile, np.ndarray] = {}
                 for file in batch:
                     try:

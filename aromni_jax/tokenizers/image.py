@@ -172,6 +172,11 @@ class ImageTokenizer:
         return self.config.net.grid_size**2
 
     @property
+    def num_devices(self) -> int:
+        """Devices that work on a batch, each on pictures of its own."""
+        return self._replicas.num_devices
+
+    @property
     def fingerprint(self) -> str:
         """Equal exactly when the same codes mean the same pictures."""
         return storage.fingerprint(self._tree(), _net_description(self.config))

@@ -143,6 +143,11 @@ class SpeechTokenizer:
         return None if codec is None else -(-codec.delay_samples // codec.hop)
 
     @property
+    def num_devices(self) -> int:
+        """Devices that work on a batch, each on utterances of its own."""
+        return self._replicas.num_devices
+
+    @property
     def fingerprint(self) -> str:
         """Equal exactly when the same codes mean the same sound."""
         return storage.fingerprint(self._variables, _description(self.codec))
