@@ -1,5 +1,6 @@
-"""Where conversations come from: a JSONL manifest with text inline and media by path, read at random by line offset.
+"""Where conversations come from: what all sources share, and the JSONL manifest with text inline and media by path.
 
+Folder layouts are in `layouts`, archives, tables and plain text in `containers`, how one is chosen in `source_kinds`.
 One line of a manifest:
 
     {"key": "caption/0001", "task": "caption", "split": "train", "group": "0001",
@@ -14,18 +15,20 @@ picture or a speaker stays on one side. `facts` is carried through to evaluation
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from aromni_jax.structs import Task, Text
+from data_pipelines.streams import StreamReader, open_stream
 
 MediaKind = Literal["image", "speech"]
 TRAIN, HELDOUT = "train", "heldout"
@@ -57,7 +60,7 @@ class RawMessage:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """One line of a manifest."""
+    """What one record of a source says: a task and its turns."""
 
     key: str
     task: Task
@@ -70,90 +73,107 @@ class Conversation:
             yield from (part for part in message.parts if isinstance(part, MediaFile))
 
 
-class ManifestSource:
-    """The conversations of one split of a manifest, by index. `split=""` takes every line.
+class Source(abc.ABC):
+    """The conversations of one split of a corpus, by index: what every kind of source shares.
 
-    Only byte offsets are held in memory. A line that is not JSON belongs to every split: it is reported, not lost.
+    A corpus has items (a line, a picture, a stem of an archive). Each item teaches all of `tasks` in turn, so what was
+    made of one item stands together and on one side of the split. An item whose group cannot be read belongs to every
+    split: it is reported, not lost. For use by one thread.
+
+    Args:
+      path: a file, folder or pattern, as the kind says.
+      split: the part to take, "" for all.
+      heldout_fraction: share of groups, by hash, that is `heldout` where the corpus names no splits.
+      tasks: names of the tasks to make of each item; none for all that the kind can.
 
     Raises:
-      ValueError: there is no manifest, or it has no line of this split.
+      ValueError: there is nothing at `path`, nothing of this split, or a task that this kind cannot make.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, split: str = "", heldout_fraction: float = 0.0) -> None:
+    TASKS: ClassVar[tuple[Task, ...]] = ()
+    """What an item can teach; none where every item names its own task."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        split: str = "",
+        heldout_fraction: float = 0.0,
+        tasks: Sequence[str] = (),
+    ) -> None:
         self.path = pathlib.Path(path)
-        if not self.path.is_file():
-            raise ValueError(f"there is no manifest {self.path}; give a JSONL file, one conversation per line")
-        digest = hashlib.sha256()
-        offsets, numbers = [], []
+        self._heldout_fraction = heldout_fraction
+        self._digest = hashlib.sha256()
+        self._prepare()
+        self.tasks = self._chosen(tasks)
         found: set[str] = set()
-        position = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                digest.update(line)
-                if line.strip():
-                    assigned = self._split_of(line, number, heldout_fraction) if split else split
-                    found.add(assigned or "")
-                    if assigned is None or assigned == split:
-                        offsets.append((position, len(line)))
-                        numbers.append(number)
-                position += len(line)
-        if not offsets:
+
+        def kept() -> Iterator[Any]:
+            for item, assigned in self._scan():
+                found.add(assigned or "")
+                if not split or assigned is None or assigned == split:
+                    yield item
+
+        self._items = self._stored(kept())
+        if not len(self._items):
             has = f"; it has {', '.join(sorted(found))}" if found else "; it is empty"
             raise ValueError(f"{self.path} has no conversation of split {split!r}{has}")
-        self._offsets = np.array(offsets, np.int64)
-        self._line_numbers = np.array(numbers, np.int64)
-        self.fingerprint = digest.hexdigest()[:16]
+        if self.tasks:
+            self._digest.update(repr([task.label for task in self.tasks]).encode())
+        self.fingerprint = self._digest.hexdigest()[:16]
 
-    def _split_of(self, line: bytes, number: int, heldout_fraction: float) -> str | None:
-        try:
-            fields = json.loads(line)
-            if "split" in fields:
-                return str(fields["split"])
-            return split_by_group(str(fields.get("group", fields.get("key", number))), heldout_fraction)
-        except (ValueError, TypeError, AttributeError):
-            return None
+    def _chosen(self, names: Sequence[str]) -> tuple[Task, ...]:
+        chosen = tuple(Task.from_name(name) for name in names)
+        wrong = [task.label for task in chosen if task not in self.TASKS]
+        if wrong:
+            can = ", ".join(task.label for task in self.TASKS)
+            remedy = f"choose from {can}" if can else "its records name their tasks: leave config key 'tasks' empty"
+            raise ValueError(f"{self.path} cannot give {', '.join(wrong)}; {remedy}")
+        return chosen or self.TASKS
+
+    def _side(self, group: str) -> str:
+        return split_by_group(group, self._heldout_fraction)
+
+    def _prepare(self) -> None:  # noqa: B027 - most kinds have nothing to find before they scan
+        """Finds the files of the source; ValueError saying what is not there."""
+
+    def _stored(self, items: Iterable[Any]) -> Sequence[Any] | np.ndarray:
+        """Keeps items in memory; overridden where they are plain numbers."""
+        return list(items)
+
+    @abc.abstractmethod
+    def _scan(self) -> Iterator[tuple[Any, str | None]]:
+        """Every item in order with its split (None: unreadable), feeding `_digest` what the records depend on."""
+
+    @abc.abstractmethod
+    def _place(self, item: Any) -> str:
+        """Where `item` stands, for people."""
+
+    @abc.abstractmethod
+    def _conversation(self, item: Any, task: Task | None) -> Conversation:
+        """Makes the conversation of `item` for `task` (None where items name their own), or raises RecordError."""
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._items) * max(1, len(self.tasks))
 
     def where(self, index: int) -> str:
         """`manifest.jsonl:17`: where record `index` stands."""
-        return f"{self.path.name}:{self._line_numbers[index]}"
+        return self._place(self._items[index // max(1, len(self.tasks))])
 
     def __getitem__(self, index: int) -> Conversation:
-        """Reads record `index`; RecordError naming the line when it is not a conversation."""
-        position, length = (int(value) for value in self._offsets[index])
-        with self.path.open("rb") as file:
-            file.seek(position)
-            line = file.read(length)
-        where = self.where(index)
+        """Reads record `index`; RecordError naming the place when it is not a conversation."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number, which = divmod(index, max(1, len(self.tasks)))
+        item = self._items[number]
         try:
-            fields = json.loads(line)
-            messages = tuple(self._message(message, where) for message in fields["messages"])
-            task = Task.from_name(fields["task"])
-            facts = fields.get("facts", {})
-            if not messages or not isinstance(facts, dict):
-                raise RecordError("parse", f"{where}: messages must be a non-empty list and facts a mapping")
-            return Conversation(str(fields.get("key", where)), task, messages, facts)
+            return self._conversation(item, self.tasks[which] if self.tasks else None)
         except RecordError:
             raise
         except KeyError as error:
-            raise RecordError("parse", f"{where}: the line lacks the field {error}") from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise RecordError("parse", f"{where}: not a conversation: {error}") from error
-
-    def _message(self, fields: dict[str, Any], where: str) -> RawMessage:
-        parts: list[Text | MediaFile] = []
-        for part in fields["parts"]:
-            kinds = [kind for kind in ("text", "transcript", "image", "speech") if kind in part]
-            if len(kinds) != 1 or not isinstance(part[kinds[0]], str):
-                raise RecordError("parse", f"{where}: a part is one of text, transcript, image, speech; found {part!r}")
-            kind = kinds[0]
-            if kind in ("text", "transcript"):
-                parts.append(Text(part[kind], is_transcript=kind == "transcript"))
-            else:
-                parts.append(MediaFile("image" if kind == "image" else "speech", self.path.parent / part[kind]))
-        return RawMessage(str(fields["role"]), tuple(parts))
+            raise RecordError("parse", f"{self._place(item)}: the record lacks the field {error}") from error
+        except (ValueError, TypeError, AttributeError, LookupError, OSError, EOFError) as error:
+            raise RecordError("parse", f"{self._place(item)}: not a conversation: {error}") from error
 
     def media_paths(self, kind: MediaKind) -> list[pathlib.Path]:
         """Every distinct file of `kind`, in order of first use: what a tokenizer is trained on."""
@@ -168,6 +188,123 @@ class ManifestSource:
             for part in message.parts
             if isinstance(part, Text)
         ]
+
+
+def paired(name: str, task: Task, text: str, media: MediaFile | None, facts: dict[str, Any]) -> Conversation:
+    """The conversation of one task over a text and the picture or utterance that belongs to it; keyed `task/name`.
+
+    Raises:
+      RecordError: an empty text, or a task that needs media where there is none.
+    """
+    if not text:
+        raise RecordError("parse", f"{name}: the text is empty")
+    words = Text(text)
+    turns: tuple[tuple[Text | MediaFile, ...], ...]
+    if task == Task.TEXT:
+        turns = ((words,),)
+    else:
+        if media is None:
+            raise RecordError("parse", f"{name}: there is no picture or utterance for the task {task.label}")
+        turns = ((words,), (media,))
+        if task in (Task.CAPTION, Task.SPEECH_TO_TEXT):
+            turns = turns[::-1]
+    roles = ("user", "assistant")[-len(turns) :]
+    messages = tuple(RawMessage(role, parts) for role, parts in zip(roles, turns, strict=True))
+    return Conversation(f"{task.label}/{name}", task, messages, facts)
+
+
+class LineSource(Source):
+    """A source whose items are lines of text files, plain or compressed. Only byte offsets are held in memory."""
+
+    NUM_HEADER_LINES: ClassVar[int] = 0
+
+    def _prepare(self) -> None:
+        self._files = self._find_files()
+        self._reader = StreamReader()
+
+    @abc.abstractmethod
+    def _find_files(self) -> list[pathlib.Path]:
+        """The files whose lines are items, in order; ValueError saying what is not there."""
+
+    @abc.abstractmethod
+    def _split_of(self, line: bytes, number: int) -> str:
+        """The split of a line; anything that does not parse raises what Python raises."""
+
+    @abc.abstractmethod
+    def _parsed(self, line: bytes, file: pathlib.Path, where: str, task: Task | None) -> Conversation:
+        """The conversation of a line of `file`."""
+
+    def _stored(self, items: Iterable[Any]) -> np.ndarray:
+        return np.fromiter(items, np.dtype((np.int64, 4)))
+
+    def _scan(self) -> Iterator[tuple[Any, str | None]]:
+        for file_number, path in enumerate(self._files):
+            position = 0
+            with open_stream(path) as file:
+                try:
+                    for number, line in enumerate(file, 1):
+                        self._digest.update(line)
+                        if line.strip() and number > self.NUM_HEADER_LINES:
+                            yield (file_number, position, len(line), number), self._guarded_split(line, number)
+                        position += len(line)
+                except (OSError, EOFError) as error:
+                    raise ValueError(
+                        f"{path} cannot be read to its end ({error}); fetch or compress it again"
+                    ) from error
+
+    def _guarded_split(self, line: bytes, number: int) -> str | None:
+        try:
+            return self._split_of(line, number)
+        except (ValueError, TypeError, AttributeError, LookupError):
+            return None
+
+    def _place(self, item: Any) -> str:
+        return f"{self._files[item[0]].name}:{item[3]}"
+
+    def _conversation(self, item: Any, task: Task | None) -> Conversation:
+        file_number, position, length, _ = (int(value) for value in item)
+        path = self._files[file_number]
+        return self._parsed(self._reader.read(path, position, length), path, self._place(item), task)
+
+
+class ManifestSource(LineSource):
+    """A JSONL manifest: every line is a conversation and names its task.
+
+    Raises:
+      ValueError: there is no manifest, or it has no line of this split.
+    """
+
+    def _find_files(self) -> list[pathlib.Path]:
+        if not self.path.is_file():
+            raise ValueError(f"there is no manifest {self.path}; give a JSONL file, one conversation per line")
+        return [self.path]
+
+    def _split_of(self, line: bytes, number: int) -> str:
+        fields = json.loads(line)
+        if "split" in fields:
+            return str(fields["split"])
+        return self._side(str(fields.get("group", fields.get("key", number))))
+
+    def _parsed(self, line: bytes, file: pathlib.Path, where: str, task: Task | None) -> Conversation:
+        fields = json.loads(line)
+        messages = tuple(self._message(message, where) for message in fields["messages"])
+        facts = fields.get("facts", {})
+        if not messages or not isinstance(facts, dict):
+            raise RecordError("parse", f"{where}: messages must be a non-empty list and facts a mapping")
+        return Conversation(str(fields.get("key", where)), Task.from_name(fields["task"]), messages, facts)
+
+    def _message(self, fields: dict[str, Any], where: str) -> RawMessage:
+        parts: list[Text | MediaFile] = []
+        for part in fields["parts"]:
+            kinds = [kind for kind in ("text", "transcript", "image", "speech") if kind in part]
+            if len(kinds) != 1 or not isinstance(part[kinds[0]], str):
+                raise RecordError("parse", f"{where}: a part is one of text, transcript, image, speech; found {part!r}")
+            kind = kinds[0]
+            if kind in ("text", "transcript"):
+                parts.append(Text(part[kind], is_transcript=kind == "transcript"))
+            else:
+                parts.append(MediaFile("image" if kind == "image" else "speech", self.path.parent / part[kind]))
+        return RawMessage(str(fields["role"]), tuple(parts))
 
 
 @functools.lru_cache(maxsize=65_536)
