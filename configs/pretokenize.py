@@ -1,7 +1,12 @@
-"""Pre-tokenizing a corpus: a JSONL manifest becomes a data set of token shards.
+"""Pre-tokenizing a corpus: a JSONL manifest, or another source, becomes a data set of token shards.
 
     aromni pretokenize --config=configs/pretokenize.py --config.source=corpus/manifest.jsonl \
         --config.tokenizers=tokenizers --output=data/train
+
+The source may also be a corpus in the layout it is published in (README, "Your own data"), with a held-out share:
+
+    aromni pretokenize --config=configs/pretokenize.py:heldout --config.source=ljspeech:LJSpeech-1.1 \
+        --config.heldout_fraction=0.02 --config.tokenizers=tokenizers --output=data/heldout
 
 Variants: train (the default) and heldout, for the two splits. Any number of processes share the work with
 `--shard_index=I --num_shards=N`; run it again after a crash and it goes on.
@@ -20,7 +25,8 @@ def get_config(variant: str = "train") -> ConfigDict:
         dict(
             source="corpus/manifest.jsonl",
             split=variant,
-            heldout_fraction=0.0,  # only where the manifest names no split
+            heldout_fraction=0.0,  # only where the source names no split
+            tasks="",  # of a source whose records can teach several: "caption,text_to_image"; all by default
             tokenizers="tokenizers",
             templates="quickstart",
             records_per_shard=4096,

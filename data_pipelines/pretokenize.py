@@ -29,7 +29,8 @@ from aromni_jax.tokenizers.prompts import Templates, load_templates
 from aromni_jax.vocab import JointVocab
 from data_pipelines import records
 from data_pipelines.records import StoredExample, read_marker, shard_name, write_atomically, write_shard
-from data_pipelines.sources import Conversation, ManifestSource, MediaFile, RecordError, check_complete
+from data_pipelines.source_kinds import open_source
+from data_pipelines.sources import Conversation, MediaFile, RecordError, check_complete
 
 _STALE_SECONDS = 24 * 3600
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -39,10 +40,11 @@ QUARANTINE_FILE = "quarantine.jsonl"
 class PretokenizeConfig:
     """What becomes a data set.
 
-    `source` is a JSONL manifest (see `sources`), `split` the part of it to take ("" for all), `heldout_fraction` the
-    share of groups that is held out where lines name no split. `tokenizers` is a saved TokenizerBundle, or a directory
-    of its parts. A conversation of more than `max_tokens` tokens (0: no limit) is dropped and counted, or an error, as
-    `too_long` says. Records that cannot be used go to the quarantine file with the reason; more than
+    `source` is a JSONL manifest or `kind:path` (see `source_kinds`), `split` the part of it to take ("" for all),
+    `heldout_fraction` the share of groups that is held out where records name no split, `tasks` what is made of a
+    record that can teach several (names with commas between; "" for all). `tokenizers` is a saved TokenizerBundle, or a
+    directory of its parts. A conversation of more than `max_tokens` tokens (0: no limit) is dropped and counted, or an
+    error, as `too_long` says. Records that cannot be used go to the quarantine file with the reason; more than
     `max_bad_fraction` of them stop the run.
     `media_batch_size` files for each local device are read, and then encoded, at a time.
     """
@@ -52,6 +54,7 @@ class PretokenizeConfig:
     tokenizers: str
     templates: str
     heldout_fraction: float = 0.0
+    tasks: str = ""
     records_per_shard: int = 4096
     media_batch_size: int = 64
     max_tokens: int = 0
@@ -104,15 +107,18 @@ class _Job:
     def __init__(self, config: PretokenizeConfig, directory: pathlib.Path, bundle: TokenizerBundle | None) -> None:
         self.config = config
         self.directory = directory
-        self.source = ManifestSource(config.source, split=config.split, heldout_fraction=config.heldout_fraction)
+        self.source = open_source(
+            config.source, split=config.split, heldout_fraction=config.heldout_fraction, tasks=config.tasks
+        )
         self.bundle, self.vocab = _opened(config.tokenizers) if bundle is None else (bundle, bundle.vocab())
         self.templates: Templates = load_templates(config.templates)
         self.num_units = -(-len(self.source) // config.records_per_shard)
-        # Where things lie and how many are encoded at once does not change a shard; everything else does.
+        # Where things lie and how many are encoded at once does not change a shard; everything else does. The tasks
+        # are in the fingerprint of the source.
         settings = {
             name: value
             for name, value in dataclasses.asdict(config).items()
-            if name not in ("source", "tokenizers", "templates", "media_batch_size", "max_bad_fraction")
+            if name not in ("source", "tasks", "tokenizers", "templates", "media_batch_size", "max_bad_fraction")
         }
         self.description: dict[str, Any] = {
             "source": {"name": self.source.path.name, "fingerprint": self.source.fingerprint},
