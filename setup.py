@@ -28,6 +28,8 @@ CORE = [
     "tensorstore>=0.1.70",
 ]
 EVAL = ["jiwer>=3.0", "pystoi>=0.4"]
+# Corpora that lie in Parquet or Arrow tables, or in zstd.
+DATA = ["pyarrow>=17", "zstandard>=0.22"]
 # The TPU compiler, which needs no TPU: the tests compile the train step for pods with it.
 TPU_COMPILER = ["libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 HF = ["tokenizers>=0.21", "transformers>=5.0", "torch==2.13.0"]
@@ -58,9 +60,11 @@ setup(
         "gpu": ["jax[cuda13]"],
         "serve": [],
         "tfds": ["tensorflow-datasets>=4.9.10", "importlib_resources"],
+        "data": DATA,
         "eval": EVAL,
         "hf": HF,
         "dev": [
+            *DATA,
             *EVAL,
             *HF,
             *TPU_COMPILER,
@@ -69,6 +73,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "webdataset>=0.2",
         ],
     },
     entry_points={"console_scripts": ["aromni = launch.cli:main"]},

@@ -124,7 +124,7 @@ class VCTKSource(Source):
             yield path, self._side(path.parent.name)
 
     def _place(self, item: pathlib.Path) -> str:
-        return item.relative_to(self.path).as_posix()
+        return self._named(item)
 
     def _conversation(self, item: pathlib.Path, task: Task | None) -> Conversation:
         assert task is not None
@@ -201,7 +201,7 @@ class ImageFolderSource(Source):
             yield picture, self._side(name)
 
     def _place(self, item: pathlib.Path) -> str:
-        return item.relative_to(self.path).as_posix()
+        return self._named(item)
 
     def _conversation(self, item: pathlib.Path, task: Task | None) -> Conversation:
         assert task is not None

@@ -247,10 +247,11 @@ class _Job:
     def _prepare(self, file: MediaFile) -> np.ndarray:
         tokenizer = self.bundle.image if file.kind == "image" else self.bundle.speech
         if tokenizer is None:
-            raise RecordError("media", f"the tokenizers have none for {file.kind}, which {file.path} needs")
+            raise RecordError("media", f"the tokenizers have none for {file.kind}, which {file} needs")
         try:
-            check_complete(file)
-            return tokenizer.prepare(file.path)
+            with file.on_disk() as path:
+                check_complete(MediaFile(file.kind, path))
+                return tokenizer.prepare(path)
         except RecordError:
             raise
         except (ValueError, OSError) as error:

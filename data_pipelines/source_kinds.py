@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 
-from data_pipelines import layouts
+from data_pipelines import containers, layouts
 from data_pipelines.sources import ManifestSource, Source
 
 
@@ -29,6 +29,11 @@ KINDS = {
     "coco": SourceKind(layouts.CocoSource, "JSON", "`annotations/captions_*.json` and its pictures"),
     "image_folder": SourceKind(
         layouts.ImageFolderSource, "DIR", "pictures with `.txt` or `.json` captions beside them"
+    ),
+    "text": SourceKind(containers.TextLinesSource, "PATH", "`.txt`, `.txt.gz`, `.txt.zst`: one document a line"),
+    "text_files": SourceKind(containers.TextFilesSource, "PATH", "the same, one document a file"),
+    "webdataset": SourceKind(
+        containers.WebDatasetSource, "PATH", "tars; a picture or utterance and its text share a stem"
     ),
 }
 _PREFIX = re.compile(r"([A-Za-z][\w-]+):(?!//)(.*)", re.DOTALL)

@@ -16,19 +16,22 @@ picture or a speaker stays on one side. `facts` is carried through to evaluation
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from aromni_jax.structs import Task, Text
-from data_pipelines.streams import StreamReader, open_stream
+from data_pipelines.streams import DAMAGE, StreamReader, open_stream
 
 MediaKind = Literal["image", "speech"]
 TRAIN, HELDOUT = "train", "heldout"
@@ -48,6 +51,39 @@ class MediaFile:
 
     kind: MediaKind
     path: pathlib.Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @contextlib.contextmanager
+    def on_disk(self) -> Iterator[pathlib.Path]:
+        """The path of a file that holds its bytes, as long as the context lasts."""
+        yield self.path
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedMedia(MediaFile, abc.ABC):
+    """A picture or an utterance inside the file `path`, under the name `member`; read when it is needed."""
+
+    member: str
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.member}"
+
+    @abc.abstractmethod
+    def content(self) -> bytes:
+        """Its bytes."""
+
+    @contextlib.contextmanager
+    def on_disk(self) -> Iterator[pathlib.Path]:
+        """A temporary file: tokenizers read files, and check them as such; errors name the member instead."""
+        with tempfile.NamedTemporaryFile(suffix=pathlib.Path(self.member).suffix) as file:
+            file.write(self.content())
+            file.flush()
+            try:
+                yield pathlib.Path(file.name)
+            except (ValueError, OSError) as error:
+                raise RecordError("media", str(error).replace(file.name, str(self))) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +165,19 @@ class Source(abc.ABC):
             can = ", ".join(task.label for task in self.TASKS)
             remedy = f"choose from {can}" if can else "its records name their tasks: leave config key 'tasks' empty"
             raise ValueError(f"{self.path} cannot give {', '.join(wrong)}; {remedy}")
-        return chosen or self.TASKS
+        return chosen or self._tasks_here()
+
+    def _tasks_here(self) -> tuple[Task, ...]:
+        """What the items of this very source teach when nothing is chosen."""
+        return self.TASKS
 
     def _side(self, group: str) -> str:
         return split_by_group(group, self._heldout_fraction)
+
+    def _named(self, file: pathlib.Path) -> str:
+        """`file` below what `path` names without a wildcard: the same wherever the corpus lies."""
+        fixed = pathlib.Path(*itertools.takewhile(lambda part: not set(part) & set("*?["), self.path.parts))
+        return file.relative_to(fixed.parent if fixed.is_file() else fixed).as_posix()
 
     def _prepare(self) -> None:  # noqa: B027 - most kinds have nothing to find before they scan
         """Finds the files of the source; ValueError saying what is not there."""
@@ -172,12 +217,19 @@ class Source(abc.ABC):
             raise
         except KeyError as error:
             raise RecordError("parse", f"{self._place(item)}: the record lacks the field {error}") from error
-        except (ValueError, TypeError, AttributeError, LookupError, OSError, EOFError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, *DAMAGE) as error:
             raise RecordError("parse", f"{self._place(item)}: not a conversation: {error}") from error
 
     def media_paths(self, kind: MediaKind) -> list[pathlib.Path]:
-        """Every distinct file of `kind`, in order of first use: what a tokenizer is trained on."""
-        return list(dict.fromkeys(file.path for i in range(len(self)) for file in self[i].media() if file.kind == kind))
+        """Every distinct file of `kind`, in order of first use: what a tokenizer is trained on.
+
+        Raises:
+          ValueError: the media are not files of their own.
+        """
+        files = list(dict.fromkeys(file for i in range(len(self)) for file in self[i].media() if file.kind == kind))
+        if any(isinstance(file, EmbeddedMedia) for file in files):
+            raise ValueError(f"{self.path} holds its {kind} records inside; unpack them to train a tokenizer on files")
+        return [file.path for file in files]
 
     def texts(self) -> list[str]:
         """Every piece of text, in order: what a text tokenizer is trained on."""
@@ -199,17 +251,13 @@ def paired(name: str, task: Task, text: str, media: MediaFile | None, facts: dic
     if not text:
         raise RecordError("parse", f"{name}: the text is empty")
     words = Text(text)
-    turns: tuple[tuple[Text | MediaFile, ...], ...]
-    if task == Task.TEXT:
-        turns = ((words,),)
-    else:
+    parts: list[Text | MediaFile] = [words]
+    if task != Task.TEXT:
         if media is None:
             raise RecordError("parse", f"{name}: there is no picture or utterance for the task {task.label}")
-        turns = ((words,), (media,))
-        if task in (Task.CAPTION, Task.SPEECH_TO_TEXT):
-            turns = turns[::-1]
-    roles = ("user", "assistant")[-len(turns) :]
-    messages = tuple(RawMessage(role, parts) for role, parts in zip(roles, turns, strict=True))
+        parts = [media, words] if task in (Task.CAPTION, Task.SPEECH_TO_TEXT) else [words, media]
+    roles = ("user", "assistant")[-len(parts) :]
+    messages = tuple(RawMessage(role, (part,)) for role, part in zip(roles, parts, strict=True))
     return Conversation(f"{task.label}/{name}", task, messages, facts)
 
 
@@ -247,7 +295,7 @@ class LineSource(Source):
                         if line.strip() and number > self.NUM_HEADER_LINES:
                             yield (file_number, position, len(line), number), self._guarded_split(line, number)
                         position += len(line)
-                except (OSError, EOFError) as error:
+                except DAMAGE as error:
                     raise ValueError(
                         f"{path} cannot be read to its end ({error}); fetch or compress it again"
                     ) from error
@@ -259,7 +307,7 @@ class LineSource(Source):
             return None
 
     def _place(self, item: Any) -> str:
-        return f"{self._files[item[0]].name}:{item[3]}"
+        return f"{self._named(self._files[item[0]])}:{item[3]}"
 
     def _conversation(self, item: Any, task: Task | None) -> Conversation:
         file_number, position, length, _ = (int(value) for value in item)

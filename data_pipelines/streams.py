@@ -5,10 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import pathlib
+import zlib
 from typing import Any, BinaryIO, cast
 
 _BLOCK_BYTES = 1 << 20
 COMPRESSIONS = (".gz", ".zst")
+DAMAGE = (OSError, EOFError, zlib.error)
+"""What reading a damaged stream raises."""
 
 
 def open_stream(path: pathlib.Path) -> BinaryIO:
@@ -79,7 +82,7 @@ class StreamReader:
         self._position = 0
 
     def read(self, path: pathlib.Path, offset: int, num_bytes: int) -> bytes:
-        """`num_bytes` bytes of `path` from `offset`; OSError or EOFError where the file is damaged or gone."""
+        """`num_bytes` bytes of `path` from `offset`; one of DAMAGE where the file is damaged or gone."""
         if path != self._path or (offset < self._position and not self._file.seekable()):
             self._file.close()
             self._path = None
