@@ -26,6 +26,7 @@ def get_config(variant: str = "train") -> ConfigDict:
             source="corpus/manifest.jsonl",
             split=variant,
             heldout_fraction=0.0,  # only where the source names no split
+            columns={},  # of a table: {"text": "caption", "image": "jpg"}
             tasks="",  # of a source whose records can teach several: "caption,text_to_image"; all by default
             tokenizers="tokenizers",
             templates="quickstart",

@@ -42,7 +42,8 @@ class PretokenizeConfig:
 
     `source` is a JSONL manifest or `kind:path` (see `source_kinds`), `split` the part of it to take ("" for all),
     `heldout_fraction` the share of groups that is held out where records name no split, `tasks` what is made of a
-    record that can teach several (names with commas between; "" for all). `tokenizers` is a saved TokenizerBundle, or a
+    record that can teach several (names with commas between; "" for all), `columns` where a table holds what
+    (`tables.TableSource`). `tokenizers` is a saved TokenizerBundle, or a
     directory of its parts. A conversation of more than `max_tokens` tokens (0: no limit) is dropped and counted, or an
     error, as `too_long` says. Records that cannot be used go to the quarantine file with the reason; more than
     `max_bad_fraction` of them stop the run.
@@ -60,6 +61,7 @@ class PretokenizeConfig:
     max_tokens: int = 0
     too_long: Literal["drop", "error"] = "drop"
     max_bad_fraction: float = 0.01
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("records_per_shard", "media_batch_size"):
@@ -108,17 +110,22 @@ class _Job:
         self.config = config
         self.directory = directory
         self.source = open_source(
-            config.source, split=config.split, heldout_fraction=config.heldout_fraction, tasks=config.tasks
+            config.source,
+            split=config.split,
+            heldout_fraction=config.heldout_fraction,
+            tasks=config.tasks,
+            columns=config.columns,
         )
         self.bundle, self.vocab = _opened(config.tokenizers) if bundle is None else (bundle, bundle.vocab())
         self.templates: Templates = load_templates(config.templates)
         self.num_units = -(-len(self.source) // config.records_per_shard)
-        # Where things lie and how many are encoded at once does not change a shard; everything else does. The tasks
-        # are in the fingerprint of the source.
+        # Where things lie and how many are encoded at once does not change a shard; everything else does. Tasks and
+        # columns are in the fingerprint of the source.
         settings = {
             name: value
             for name, value in dataclasses.asdict(config).items()
-            if name not in ("source", "tasks", "tokenizers", "templates", "media_batch_size", "max_bad_fraction")
+            if name
+            not in ("source", "tasks", "columns", "tokenizers", "templates", "media_batch_size", "max_bad_fraction")
         }
         self.description: dict[str, Any] = {
             "source": {"name": self.source.path.name, "fingerprint": self.source.fingerprint},

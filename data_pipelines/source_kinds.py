@@ -6,8 +6,10 @@ import dataclasses
 import difflib
 import os
 import re
+import types
+from collections.abc import Mapping
 
-from data_pipelines import containers, layouts
+from data_pipelines import containers, layouts, tables
 from data_pipelines.sources import ManifestSource, Source
 
 
@@ -35,11 +37,19 @@ KINDS = {
     "webdataset": SourceKind(
         containers.WebDatasetSource, "PATH", "tars; a picture or utterance and its text share a stem"
     ),
+    "table": SourceKind(tables.TableSource, "PATH", "Parquet or Arrow; `--config.columns=` says which column is what"),
 }
 _PREFIX = re.compile(r"([A-Za-z][\w-]+):(?!//)(.*)", re.DOTALL)
 
 
-def open_source(source: str, *, split: str = "", heldout_fraction: float = 0.0, tasks: str = "") -> Source:
+def open_source(
+    source: str,
+    *,
+    split: str = "",
+    heldout_fraction: float = 0.0,
+    tasks: str = "",
+    columns: Mapping[str, str] = types.MappingProxyType({}),
+) -> Source:
     """Opens `kind:path`, or a manifest by its bare path; `tasks` are names with commas between ("": all it can make).
 
     Raises:
@@ -53,7 +63,7 @@ def open_source(source: str, *, split: str = "", heldout_fraction: float = 0.0, 
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown kind of source {kind!r} in {source!r}; {hint}kinds: {', '.join(KINDS)}")
     chosen = [name.strip() for name in tasks.split(",") if name.strip()]
-    return KINDS[kind].source(path, split=split, heldout_fraction=heldout_fraction, tasks=chosen)
+    return KINDS[kind].source(path, split=split, heldout_fraction=heldout_fraction, tasks=chosen, columns=columns)
 
 
 def kinds_table() -> str:

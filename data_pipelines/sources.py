@@ -25,7 +25,8 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -78,12 +79,13 @@ class EmbeddedMedia(MediaFile, abc.ABC):
     def on_disk(self) -> Iterator[pathlib.Path]:
         """A temporary file: tokenizers read files, and check them as such; errors name the member instead."""
         with tempfile.NamedTemporaryFile(suffix=pathlib.Path(self.member).suffix) as file:
-            file.write(self.content())
-            file.flush()
             try:
+                file.write(self.content())
+                file.flush()
                 yield pathlib.Path(file.name)
             except (ValueError, OSError) as error:
-                raise RecordError("media", str(error).replace(file.name, str(self))) from error
+                said = str(error).replace(file.name, str(self))
+                raise RecordError("media", said if str(self) in said else f"{self}: {said}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Source(abc.ABC):
       split: the part to take, "" for all.
       heldout_fraction: share of groups, by hash, that is `heldout` where the corpus names no splits.
       tasks: names of the tasks to make of each item; none for all that the kind can.
+      columns: where a table holds what (`COLUMNS` of the kind): {"text": "caption"}.
 
     Raises:
       ValueError: there is nothing at `path`, nothing of this split, or a task that this kind cannot make.
@@ -128,6 +131,8 @@ class Source(abc.ABC):
 
     TASKS: ClassVar[tuple[Task, ...]] = ()
     """What an item can teach; none where every item names its own task."""
+    COLUMNS: ClassVar[tuple[str, ...]] = ()
+    """What can be looked for in a column that `columns` names."""
 
     def __init__(
         self,
@@ -136,8 +141,13 @@ class Source(abc.ABC):
         split: str = "",
         heldout_fraction: float = 0.0,
         tasks: Sequence[str] = (),
+        columns: Mapping[str, str] = types.MappingProxyType({}),
     ) -> None:
         self.path = pathlib.Path(path)
+        self.columns = dict(columns)
+        if wrong := set(self.columns) - set(self.COLUMNS):
+            remedy = f"choose from {', '.join(self.COLUMNS)}" if self.COLUMNS else "leave config key 'columns' empty"
+            raise ValueError(f"{self.path} has no use for columns of {', '.join(sorted(wrong))}; {remedy}")
         self._heldout_fraction = heldout_fraction
         self._digest = hashlib.sha256()
         self._prepare()
@@ -155,7 +165,7 @@ class Source(abc.ABC):
             has = f"; it has {', '.join(sorted(found))}" if found else "; it is empty"
             raise ValueError(f"{self.path} has no conversation of split {split!r}{has}")
         if self.tasks:
-            self._digest.update(repr([task.label for task in self.tasks]).encode())
+            self._digest.update(repr([[task.label for task in self.tasks], sorted(self.columns.items())]).encode())
         self.fingerprint = self._digest.hexdigest()[:16]
 
     def _chosen(self, names: Sequence[str]) -> tuple[Task, ...]:
