@@ -45,7 +45,8 @@ def _tasks_with(kind: str | None) -> tuple[Task, ...]:
     return {"image": PICTURE_TASKS, "speech": SPEECH_TASKS}.get(kind or "", (Task.TEXT,))
 
 
-def _content_hash(content: bytes) -> str:
+def content_hash(content: bytes) -> str:
+    """What stands for a text whose side of the split is its content: 16 hex digits."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -58,7 +59,7 @@ class TextLinesSource(LineSource):
         return matching(self.path, TEXT_SUFFIXES)
 
     def _split_of(self, line: bytes, number: int) -> str:
-        return self._side(_content_hash(line.strip()))
+        return self._side(content_hash(line.strip()))
 
     def _parsed(self, line: bytes, file: pathlib.Path, where: str, task: Task | None) -> Conversation:
         assert task is not None
@@ -74,7 +75,7 @@ class TextFilesSource(Source):
         for file in matching(self.path, TEXT_SUFFIXES):
             try:
                 with open_stream(file) as opened:
-                    content = _content_hash(opened.read().strip())
+                    content = content_hash(opened.read().strip())
             except DAMAGE as error:
                 self._digest.update(f"{self._place(file)} {error}\n".encode())
                 yield file, None

@@ -22,13 +22,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from aromni_jax.structs import Image, Message, Part, Speech
+from aromni_jax.structs import Example, Image, Message, Part, Speech
 from aromni_jax.tokenizers import joint
 from aromni_jax.tokenizers.bundle import TokenizerBundle
 from aromni_jax.tokenizers.prompts import Templates, load_templates
 from aromni_jax.vocab import JointVocab
 from data_pipelines import records
 from data_pipelines.records import StoredExample, read_marker, shard_name, write_atomically, write_shard
+from data_pipelines.released import TokenizedDocument
 from data_pipelines.source_kinds import open_source
 from data_pipelines.sources import Conversation, MediaFile, RecordError, check_complete
 
@@ -283,6 +284,8 @@ class _Job:
                 return part
             return Image(codes_P=codes[part]) if part.kind == "image" else Speech(codes_KU=codes[part])
 
+        if isinstance(conversation, TokenizedDocument):
+            return self._limited(conversation.example(self.vocab), conversation)
         messages = [Message(m.role, tuple(with_codes(part) for part in m.parts)) for m in conversation.messages]
         try:
             example = joint.encode(
@@ -290,6 +293,9 @@ class _Job:
             )
         except ValueError as error:
             raise RecordError("encode", f"{conversation.key}: {error}") from error
+        return self._limited(example, conversation)
+
+    def _limited(self, example: Example, conversation: Conversation) -> StoredExample:
         num_tokens, limit = len(example.tokens_L), self.config.max_tokens
         if limit and num_tokens > limit:
             message = f"{conversation.key} has {num_tokens} tokens, more than max_tokens {limit}"

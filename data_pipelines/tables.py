@@ -7,7 +7,7 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -100,8 +100,8 @@ class TableSource(Source):
     of the text). The fingerprint covers these but not the bytes of media.
     """
 
-    TASKS = (*PICTURE_TASKS, *SPEECH_TASKS, Task.TEXT)
-    COLUMNS = ("text", "image", "speech", "key", "group")
+    TASKS: ClassVar[tuple[Task, ...]] = (*PICTURE_TASKS, *SPEECH_TASKS, Task.TEXT)
+    COLUMNS: ClassVar[tuple[str, ...]] = ("text", "image", "speech", "key", "group")
 
     def _prepare(self) -> None:
         self._files = matching(self.path, SUFFIXES)
