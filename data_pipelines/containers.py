@@ -101,7 +101,9 @@ class TarMember(EmbeddedMedia):
 
     def content(self) -> bytes:
         """The bytes of the member; RecordError where the tar has become shorter."""
-        data = StreamReader().read(self.path, self.offset, self.num_bytes)
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.num_bytes)
         if len(data) != self.num_bytes:
             raise RecordError("media", f"{self} is cut short: {len(data)} of {self.num_bytes} bytes")
         return data

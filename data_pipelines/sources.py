@@ -148,7 +148,7 @@ class Source(abc.ABC):
         if wrong := set(self.columns) - set(self.COLUMNS):
             remedy = f"choose from {', '.join(self.COLUMNS)}" if self.COLUMNS else "leave config key 'columns' empty"
             raise ValueError(f"{self.path} has no use for columns of {', '.join(sorted(wrong))}; {remedy}")
-        self._heldout_fraction = heldout_fraction
+        self._split, self._heldout_fraction = split, heldout_fraction
         self._digest = hashlib.sha256()
         self._prepare()
         self.tasks = self._chosen(tasks)
@@ -311,6 +311,8 @@ class LineSource(Source):
                     ) from error
 
     def _guarded_split(self, line: bytes, number: int) -> str | None:
+        if not self._split:  # nobody asks: lines need not be parsed twice
+            return None
         try:
             return self._split_of(line, number)
         except (ValueError, TypeError, AttributeError, LookupError):
