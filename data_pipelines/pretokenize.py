@@ -44,11 +44,10 @@ class PretokenizeConfig:
     `source` is a JSONL manifest or `kind:path` (see `source_kinds`), `split` the part of it to take ("" for all),
     `heldout_fraction` the share of groups that is held out where records name no split, `tasks` what is made of a
     record that can teach several (names with commas between; "" for all), `columns` where a table holds what
-    (`tables.TableSource`). `tokenizers` is a saved TokenizerBundle, or a
-    directory of its parts. A conversation of more than `max_tokens` tokens (0: no limit) is dropped and counted, or an
-    error, as `too_long` says. Records that cannot be used go to the quarantine file with the reason; more than
-    `max_bad_fraction` of them stop the run.
-    `media_batch_size` files for each local device are read, and then encoded, at a time.
+    (`tables.TableSource`). `tokenizers` is a saved TokenizerBundle, or a directory of its parts. A conversation of more
+    than `max_tokens` tokens (0: no limit) is dropped and counted, or an error, as `too_long` says. Records that cannot
+    be used go to the quarantine file with the reason; more than `max_bad_fraction` of them stop the run.
+    `media_batch_size` files for each device of a tokenizer are read, and then encoded, at a time.
     """
 
     source: str

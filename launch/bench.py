@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints a line for each family and direction; ValueError says what is missing."""
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError("both sides must run on the same cores, which only Linux lets a process choose")
     available = sorted(os.sched_getaffinity(0))
     if not 1 <= args.num_cores <= len(available) or args.repeats < 1:
         raise ValueError(f"--num_cores must be in 1..{len(available)} and --repeats at least 1")

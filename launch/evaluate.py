@@ -109,7 +109,7 @@ def evaluate_model(
     """
     from aromni_jax.evaluation.runner import Suite, run_suite
     from aromni_jax.evaluation.tasks import PICTURE_TASKS, choose
-    from aromni_jax.inference.grammar import RELEASED_IMAGE, compile_grammar, policy_for
+    from aromni_jax.inference.grammar import MEDIA_DELIMITERS, RELEASED_IMAGE, compile_grammar, policy_for
     from aromni_jax.structs import Task
     from aromni_jax.tokenizers import joint
 
@@ -137,10 +137,10 @@ def evaluate_model(
     ]
     losses = held_out_losses(loaded, examples, unigram_V)
     limits = dict.fromkeys(Task, sizes.text_tokens)
-    limits |= dict.fromkeys(PICTURE_TASKS, vocab.tokens_per_image + 3)
+    limits |= dict.fromkeys(PICTURE_TASKS, vocab.tokens_per_image + MEDIA_DELIMITERS)
     if bundle.speech:
         per_second = bundle.speech.codes_per_second * len(vocab.speech)
-        limits[Task.TEXT_TO_SPEECH] = round(sizes.speech_seconds * per_second) + 3
+        limits[Task.TEXT_TO_SPEECH] = round(sizes.speech_seconds * per_second) + MEDIA_DELIMITERS
     pictures = dataclasses.replace(RELEASED_IMAGE, temperature=sizes.image_temperature, guidance=sizes.image_guidance)
     suite = Suite(
         model=loaded.model,

@@ -184,10 +184,11 @@ def answer(loaded: LoadedModel, requests: list[Request], args: argparse.Namespac
 
 def _limit(task: Task, text_tokens: int, speech_tokens: int, image_tokens: int) -> int:
     """Most tokens of an answer: what its parts may take, and their delimiters."""
+    from aromni_jax.inference.grammar import MEDIA_DELIMITERS
     from aromni_jax.structs import Task
 
     if task == Task.TEXT_TO_SPEECH:
-        return speech_tokens + 3  # exactly: its beginning, its end, and the end of the answer
+        return speech_tokens + MEDIA_DELIMITERS  # no more, or it would be longer than asked
     parts = {
         Task.TEXT_TO_IMAGE: image_tokens,
         Task.SPEECH_TO_IMAGE: image_tokens + text_tokens,

@@ -17,12 +17,7 @@ if TYPE_CHECKING:
     from aromni_jax.tokenizers.image import ImageTokenizer
     from aromni_jax.tokenizers.speech import SpeechTokenizer
 
-_SUFFIXES = {
-    "text": (".txt",),
-    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"),
-    "speech": (".wav", ".flac", ".ogg"),
-}
-
+_KINDS = ("text", "image", "speech")
 _LONGEST_PIECE = 1 << 20
 """Characters of a text file that are read at once."""
 _PICTURES_ON_PAGE, _SOUNDS_ON_PAGE = 48, 12
@@ -33,7 +28,7 @@ _TELLTALES = ("a", " a", "A  b\n", "e\u0301", "\ufb01", "\u2581", "\U0001f642")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `aromni tokenizer`."""
     parser.add_argument("action", choices=tuple(_ACTIONS))
-    parser.add_argument("--kind", required=True, choices=tuple(_SUFFIXES))
+    parser.add_argument("--kind", required=True, choices=_KINDS)
     parser.add_argument(
         "--tokenizer",
         required=True,
@@ -371,7 +366,11 @@ def _code_use(codes: Iterable[Any], num_codes: int) -> dict[str, Any]:
 
 def _paths(args: argparse.Namespace) -> list[Path]:
     """Files of the kind behind --input, sorted or in manifest order; ValueError when there are none."""
-    source, suffixes = Path(args.input), _SUFFIXES[args.kind]
+    from data_pipelines.containers import SOUND_SUFFIXES
+    from data_pipelines.layouts import PICTURE_SUFFIXES
+
+    source = Path(args.input)
+    suffixes = {"text": (".txt",), "image": PICTURE_SUFFIXES, "speech": SOUND_SUFFIXES}[args.kind]
     if not source.exists():
         raise FileNotFoundError(f"--input={source} does not exist")
     if source.is_dir():

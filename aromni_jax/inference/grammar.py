@@ -91,6 +91,8 @@ class Policy:
             raise ValueError("text_budget and speech_budget_frames must be at least 1")
 
 
+MEDIA_DELIMITERS = 3
+"""Control tokens of an answer that is one picture or utterance: its beginning, its end, the end of the answer."""
 RELEASED_TEXT = Mode(temperature=1.2, top_p=0.96, repetition_penalty=1.2)
 RELEASED_IMAGE = Mode(temperature=1.0, top_p=0.96, guidance=3.07)
 CHAT_AFTER: dict[Part, tuple[Part, ...]] = {
