@@ -1,7 +1,7 @@
 """Token shards: examples as msgpack records in ArrayRecord files, markers of whole shards, and `dataset.json`.
 
     DIR/shard_00000.array_record   records, one group each, so that any of them is read by itself
-    DIR/shard_00000.npz            lengths_N, tasks_N, unigram_V: all that planning and statistics need
+    DIR/shard_00000.npz            lengths_N, tasks_N, hashes_N, unigram_V: all that planning and statistics need
     DIR/shard_00000.json           the marker, written last: counts, sizes, SHA-256, fingerprints
     DIR/dataset.json  vocab.json   written by `finalize`: the data set exists once these do
 
@@ -124,6 +124,20 @@ def target_counts_MR(stored: StoredExample) -> np.ndarray:
     return counts_MR
 
 
+def content_hash(stored: StoredExample) -> int:
+    """64 bits of what a record teaches: its task and the parts of its turns, not the template's words around them.
+
+    A caption and a picture made from one item differ in task; another wording of an instruction makes no difference.
+    """
+    spans_S6 = stored.spans_S6
+    counts_S = spans_S6[:, 5] >= 0
+    counts_S = counts_S if counts_S.any() else ~counts_S
+    digest = hashlib.blake2b(bytes([stored.task]), digest_size=8)
+    digest.update(spans_S6[counts_S, 1:5].astype("<i4").tobytes())
+    digest.update(stored.tokens_L[np.repeat(counts_S, spans_S6[:, 1])].astype("<u4").tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
 def shard_name(index: int) -> str:
     """Stem of the files of one shard."""
     return f"shard_{index:05d}"
@@ -150,13 +164,14 @@ def write_shard(
     )
     counts_TMR = np.zeros((len(Task), len(Modality), len(Role)), np.int64)
     unigram_V = np.zeros(vocab_size, np.int64)
-    lengths, tasks = [], []
+    lengths, tasks, hashes = [], [], []
     writer = array_record_module.ArrayRecordWriter(str(data_temporary), _WRITER_OPTIONS)
     try:
         for stored in examples:
             writer.write(encode_record(stored))
             lengths.append(len(stored.tokens_L))
             tasks.append(int(stored.task))
+            hashes.append(content_hash(stored))
             counts_TMR[stored.task] += target_counts_MR(stored)
             np.add.at(unigram_V, stored.tokens_L[1:], 1)
     finally:
@@ -166,6 +181,7 @@ def write_shard(
             file,
             lengths_N=np.array(lengths, np.int32),
             tasks_N=np.array(tasks, np.int8),
+            hashes_N=np.array(hashes, np.uint64),
             unigram_V=unigram_V,
             allow_pickle=False,
         )
@@ -256,6 +272,7 @@ class TokenDataset:
         indices = [self._check_shard(marker, verify) for marker in self.markers]
         self.lengths_N = np.concatenate([index["lengths_N"] for index in indices])
         self.tasks_N = np.concatenate([index["tasks_N"] for index in indices])
+        self._hashes = [index["hashes_N"] for index in indices if "hashes_N" in index]
         self._first_records = np.cumsum([0, *(marker.records for marker in self.markers)])
         self._local = threading.local()
 
@@ -263,6 +280,16 @@ class TokenDataset:
     def fingerprint(self) -> str:
         """Equal exactly when the records are the same."""
         return self.dataset["fingerprint"]
+
+    @functools.cached_property
+    def hashes_N(self) -> np.ndarray:
+        """uint64 `content_hash` of each record; ValueError when the shards were made before hashes were stored."""
+        if len(self._hashes) < len(self.markers):
+            raise ValueError(
+                f"the shards of {self.directory} hold no content hashes, so its duplicates are not known; keep "
+                "duplicates, or run `aromni pretokenize` again into another directory"
+            )
+        return np.concatenate(self._hashes)
 
     @functools.cached_property
     def unigram_V(self) -> np.ndarray:
@@ -289,7 +316,7 @@ class TokenDataset:
         if not index_path.exists() or _sha256(index_path) != marker.index_sha256:
             raise ValueError(f"the index {index_path} is missing or damaged; {remedy}")
         with np.load(index_path) as index:
-            return {name: index[name] for name in ("lengths_N", "tasks_N")}
+            return {name: index[name] for name in ("lengths_N", "tasks_N", "hashes_N") if name in index}
 
     def __len__(self) -> int:
         return int(self._first_records[-1])
@@ -343,9 +370,11 @@ def finalize(
         )
     present = [marker for marker in markers if marker is not None]
     unigram_V = np.zeros(vocab.size, np.int64)
+    hashes = []
     for marker in present:
         with np.load(directory / f"{marker.name}.npz") as index:
             unigram_V += index["unigram_V"]
+            hashes.append(index["hashes_N"])
     temporary = directory / f".tmp-unigram-{suffix}"
     with temporary.open("wb") as file:
         np.save(file, unigram_V)
@@ -357,7 +386,10 @@ def finalize(
         "vocab_fingerprint": vocab.fingerprint,
         "run": run,
         **description,
-        "statistics": statistics(np.sum([m.counts_TMR for m in present], axis=0), present),
+        "statistics": {
+            **statistics(np.sum([m.counts_TMR for m in present], axis=0), present),
+            "duplicates": sum(marker.records for marker in present) - len(np.unique(np.concatenate(hashes))),
+        },
         "shards": [dataclasses.asdict(marker) for marker in present],
     }
     write_atomically(directory / VOCAB_FILE, vocab.to_json(), suffix)
