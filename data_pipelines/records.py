@@ -3,16 +3,21 @@
     DIR/shard_00000.array_record   records, one group each, so that any of them is read by itself
     DIR/shard_00000.npz            lengths_N, tasks_N, hashes_N, unigram_V: all that planning and statistics need
     DIR/shard_00000.json           the marker, written last: counts, sizes, SHA-256, fingerprints
-    DIR/dataset.json  vocab.json   written by `finalize`: the data set exists once these do
+    DIR/dataset.json  vocab.json  unigram.npy   written by `finalize`: the data set exists once the first does
+
+A bit flipped anywhere is found before anything learns from it: markers and `dataset.json` carry a checksum over what
+they say, which covers the SHA-256 of the other files; a record is guarded by ArrayRecord's hash as it is read.
 
 A record holds facts only: ids, spans (start, length, modality, role, message, part), task, key, the source's facts.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -29,6 +34,8 @@ from aromni_jax.vocab import JointVocab
 
 FORMAT_VERSION = 1
 DATASET_FILE, VOCAB_FILE = "dataset.json", "vocab.json"
+UNIGRAM_FILE = "unigram.npy"
+_CHECKSUM = "checksum"
 _WRITER_OPTIONS = "group_size:1,zstd:1"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
@@ -90,7 +97,8 @@ def decode_record(data: bytes) -> StoredExample:
         fields = msgpack.unpackb(data)
         tokens_L = np.frombuffer(fields["tokens"], fields["dtype"]).astype(np.int32)
         spans_S6 = np.frombuffer(fields["spans"], "<i4").reshape(-1, 6)
-        if spans_S6[:, 1].sum() != len(tokens_L):
+        # A few lengths: Python adds them in a third of numpy's time, and this is read for every document of a batch.
+        if sum(spans_S6[:, 1].tolist()) != len(tokens_L):
             raise ValueError("its spans do not cover its tokens")
         return StoredExample(tokens_L, spans_S6, _TASKS[fields["task"]], fields["key"], fields["facts"])
     except (KeyError, TypeError, IndexError, ValueError, msgpack.UnpackException) as error:
@@ -206,7 +214,7 @@ def write_shard(
     for temporary, final in ((data_temporary, f"{name}.array_record"), (index_temporary, f"{name}.npz")):
         _flush_to_disk(temporary)
         os.replace(temporary, directory / final)
-    write_atomically(directory / f"{name}.json", json.dumps(dataclasses.asdict(marker), indent=1) + "\n", suffix)
+    write_atomically(directory / f"{name}.json", sealed(dataclasses.asdict(marker)), suffix)
     return marker
 
 
@@ -216,11 +224,28 @@ def read_marker(directory: pathlib.Path, index: int) -> ShardMarker | None:
     if not path.exists():
         return None
     try:
-        return ShardMarker(**json.loads(path.read_text()))
-    except (TypeError, json.JSONDecodeError) as error:
+        return ShardMarker(**unsealed(path.read_bytes()))
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a shard marker ({error}); delete it and pre-tokenize that shard again"
+            f"{path} is not a whole shard marker ({error}); delete it and pre-tokenize that shard again"
         ) from error
+
+
+def sealed(facts: dict[str, Any]) -> str:
+    """JSON text of `facts` with a checksum over them."""
+    return json.dumps(facts | {_CHECKSUM: _checksum(facts)}, indent=1) + "\n"
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """Inverse of `sealed`; ValueError when anything that the text says was changed."""
+    facts = json.loads(data)
+    if not isinstance(facts, dict) or facts.pop(_CHECKSUM, None) != _checksum(facts):
+        raise ValueError("its checksum is missing or not that of its content")
+    return facts
+
+
+def _checksum(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def write_atomically(path: pathlib.Path, text: str, suffix: str) -> None:
@@ -244,6 +269,17 @@ def _sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_vocab(directory: pathlib.Path) -> JointVocab:
+    """The vocabulary a data set was made with; ValueError naming the file when it is not there or not one."""
+    path = directory / VOCAB_FILE
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a finished data set: it has no {VOCAB_FILE}")
+    try:
+        return JointVocab.from_json(path.read_bytes().decode())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); run `aromni pretokenize` again to write it anew") from error
+
+
 class TokenDataset:
     """A finished data set, by record index across shards; opening it checks that every shard is there and whole.
 
@@ -265,7 +301,10 @@ class TokenDataset:
                 f"{self.directory} is not a finished data set (it has no {DATASET_FILE}); "
                 "run `aromni pretokenize` to its end"
             )
-        self.dataset: dict[str, Any] = json.loads(path.read_text())
+        try:
+            self.dataset: dict[str, Any] = unsealed(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); run `aromni pretokenize` again to write it anew") from error
         if vocab is not None:
             vocab.check_fingerprint(self.dataset["vocab_fingerprint"], f"the data set {self.directory}")
         self.markers = [ShardMarker(**marker) for marker in self.dataset["shards"]]
@@ -273,7 +312,7 @@ class TokenDataset:
         self.lengths_N = np.concatenate([index["lengths_N"] for index in indices])
         self.tasks_N = np.concatenate([index["tasks_N"] for index in indices])
         self._hashes = [index["hashes_N"] for index in indices if "hashes_N" in index]
-        self._first_records = np.cumsum([0, *(marker.records for marker in self.markers)])
+        self._first_records = list(itertools.accumulate((marker.records for marker in self.markers), initial=0))
         self._local = threading.local()
 
     @property
@@ -293,8 +332,11 @@ class TokenDataset:
 
     @functools.cached_property
     def unigram_V(self) -> np.ndarray:
-        """int64: how often each vocabulary row is a target."""
-        return np.load(self.directory / "unigram.npy")
+        """int64: how often each vocabulary row is a target; ValueError when the file that says so was changed."""
+        path = self.directory / UNIGRAM_FILE
+        if not path.is_file() or _sha256(path) != self.dataset["unigram_sha256"]:
+            raise ValueError(f"{path} is missing or damaged; run `aromni pretokenize` again to write it anew")
+        return np.load(path)
 
     @functools.cached_property
     def counts_TMR(self) -> np.ndarray:
@@ -319,19 +361,19 @@ class TokenDataset:
             return {name: index[name] for name in ("lengths_N", "tasks_N", "hashes_N") if name in index}
 
     def __len__(self) -> int:
-        return int(self._first_records[-1])
+        return self._first_records[-1]
 
     def where(self, index: int) -> str:
         """`DIR/shard_00002 record 17`."""
-        shard = int(np.searchsorted(self._first_records, index, side="right")) - 1
-        return f"{self.directory / self.markers[shard].name} record {index - int(self._first_records[shard])}"
+        shard = bisect.bisect_right(self._first_records, index) - 1
+        return f"{self.directory / self.markers[shard].name} record {index - self._first_records[shard]}"
 
     def __getitem__(self, index: int) -> StoredExample:
         """Record `index`; ValueError naming shard and record when it is damaged."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        shard = int(np.searchsorted(self._first_records, index, side="right")) - 1
-        offset = int(index - self._first_records[shard])
+        shard = bisect.bisect_right(self._first_records, index) - 1
+        offset = index - self._first_records[shard]
         try:
             # `read(i, i + 1)` is constant time; ArrayRecord's own `__getitem__` protocol is linear in the file.
             (data,) = self._reader(shard).read(offset, offset + 1)
@@ -378,13 +420,16 @@ def finalize(
     temporary = directory / f".tmp-unigram-{suffix}"
     with temporary.open("wb") as file:
         np.save(file, unigram_V)
-    os.replace(temporary, directory / "unigram.npy")
+    unigram_sha256 = _sha256(temporary)
+    _flush_to_disk(temporary)
+    os.replace(temporary, directory / UNIGRAM_FILE)
     content = hashlib.sha256("".join(marker.sha256 for marker in present).encode()).hexdigest()[:16]
     dataset = {
         "format_version": FORMAT_VERSION,
         "fingerprint": content,
         "vocab_fingerprint": vocab.fingerprint,
         "run": run,
+        "unigram_sha256": unigram_sha256,
         **description,
         "statistics": {
             **statistics(np.sum([m.counts_TMR for m in present], axis=0), present),
@@ -393,7 +438,7 @@ def finalize(
         "shards": [dataclasses.asdict(marker) for marker in present],
     }
     write_atomically(directory / VOCAB_FILE, vocab.to_json(), suffix)
-    write_atomically(directory / DATASET_FILE, json.dumps(dataset, indent=1) + "\n", suffix)
+    write_atomically(directory / DATASET_FILE, sealed(dataset), suffix)
     return dataset
 
 

@@ -14,7 +14,7 @@ from aromni_jax.tokenizers import joint
 from aromni_jax.tokenizers.prompts import load_templates
 from data_pipelines.duplicates import counts_of_kept, first_copies
 from data_pipelines.pretokenize import pretokenize
-from data_pipelines.records import StoredExample, TokenDataset, content_hash, target_counts_MR
+from data_pipelines.records import StoredExample, TokenDataset, content_hash, sealed, target_counts_MR, unsealed
 from tests.fixtures.data_fakes import config_for, fake_bundle, make_dataset, write_corpus
 
 BUNDLE = fake_bundle()
@@ -88,13 +88,13 @@ def test_stored_hashes_do_not_depend_on_the_workers(tmp_path: pathlib.Path) -> N
 
 def test_a_data_set_from_before_hashes_opens_and_says_what_it_lacks(tmp_path: pathlib.Path) -> None:
     data = make_dataset(tmp_path, 20)
-    described = json.loads((data / "dataset.json").read_text())
+    described = unsealed((data / "dataset.json").read_bytes())
     index = data / "shard_00001.npz"
     with np.load(index) as arrays:
         old = {name: arrays[name] for name in arrays if name != "hashes_N"}
     np.savez(index, **old)
     described["shards"][1]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
-    (data / "dataset.json").write_text(json.dumps(described))
+    (data / "dataset.json").write_text(sealed(described))
     dataset = TokenDataset(data)
     assert len(dataset) == 20 and dataset[19].tokens_L.size
     with pytest.raises(ValueError, match="hold no content hashes.*keep duplicates"):
