@@ -30,6 +30,10 @@ CORE = [
 EVAL = ["jiwer>=3.0", "pystoi>=0.4"]
 # Corpora that lie in Parquet or Arrow tables, or in zstd.
 DATA = ["pyarrow>=17", "zstandard>=0.22"]
+# Corpora behind URLs: any that fsspec reads; gs:// and s3:// each need their own library.
+URLS = ["fsspec>=2025.2", "universal_pathlib>=0.3"]
+# Prepared builders of TensorFlow Datasets; TensorFlow itself is not needed.
+TFDS = ["tensorflow-datasets>=4.9.10", "importlib_resources"]
 # The TPU compiler, which needs no TPU: the tests compile the train step for pods with it.
 TPU_COMPILER = ["libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 HF = ["tokenizers>=0.21", "transformers>=5.0", "torch==2.13.0"]
@@ -59,15 +63,18 @@ setup(
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "serve": [],
-        "tfds": ["tensorflow-datasets>=4.9.10", "importlib_resources"],
+        "tfds": TFDS,
         "data": DATA,
+        "cloud": [*URLS, "gcsfs", "s3fs"],
         "eval": EVAL,
         "hf": HF,
         "dev": [
             *DATA,
             *EVAL,
             *HF,
+            *TFDS,
             *TPU_COMPILER,
+            *URLS,
             "hypothesis>=6",
             "mypy>=1.14",
             "pytest>=8",

@@ -1,9 +1,8 @@
-"""Corpora inside other files: plain text, compressed or not, WebDataset tars, Parquet and Arrow tables."""
+"""Corpora inside other files: plain text, compressed or not, and WebDataset tars."""
 
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import itertools
 import json
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 
 from aromni_jax.structs import Task
 from data_pipelines.layouts import PICTURE_SUFFIXES, PICTURE_TASKS, SPEECH_TASKS, caption_in
+from data_pipelines.places import globbed, read_range
 from data_pipelines.sources import Conversation, EmbeddedMedia, LineSource, RecordError, Source, paired
 from data_pipelines.streams import COMPRESSIONS, DAMAGE, StreamReader, open_stream
 
@@ -31,7 +31,7 @@ def matching(path: pathlib.Path, suffixes: tuple[str, ...]) -> list[pathlib.Path
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.name.endswith(suffixes)]
     else:
-        files = [pathlib.Path(name) for name in glob.glob(str(path), recursive=True)]
+        files = globbed(path)
     if not files:
         raise ValueError(f"{path} names no file; give a file, a pattern or a folder with {', '.join(suffixes)}")
     return sorted(files)
@@ -101,9 +101,7 @@ class TarMember(EmbeddedMedia):
 
     def content(self) -> bytes:
         """The bytes of the member; RecordError where the tar has become shorter."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.num_bytes)
+        data = read_range(self.path, self.offset, self.num_bytes)
         if len(data) != self.num_bytes:
             raise RecordError("media", f"{self} is cut short: {len(data)} of {self.num_bytes} bytes")
         return data
@@ -142,7 +140,7 @@ class WebDatasetSource(Source):
         for path in self._tars:
             stem = _Stem(path, "", {})
             try:
-                with tarfile.open(path, "r:") as tar:
+                with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                     for member in tar:
                         self._digest.update(f"{member.name} {member.offset_data} {member.chksum}\n".encode())
                         folder, slash, base = member.name.rpartition("/")

@@ -17,7 +17,7 @@ from aromni_jax.structs import Example, Modality, Role, Span, Task
 from aromni_jax.vocab import JointVocab
 from data_pipelines.containers import content_hash, matching
 from data_pipelines.sources import Conversation, LineSource, RecordError
-from data_pipelines.tables import TableSource, read_column
+from data_pipelines.tables import TableReader, TableSource
 
 IGNORED_LABEL = -100
 TASKS = {
@@ -145,7 +145,7 @@ class InstructParquetSource(TableSource):
     COLUMNS = ()
 
     def _prepare(self) -> None:
-        self._files = matching(self.path, (".parquet",))
+        self._files, self._reader = matching(self.path, (".parquet",)), TableReader()
         self.columns = {"text": "input_ids", "labels": "labels"}
 
     def _tasks_here(self) -> tuple[Task, ...]:
@@ -154,7 +154,7 @@ class InstructParquetSource(TableSource):
     def _conversation(self, item: np.ndarray, task: Task | None) -> Conversation:
         file_number, group, row, _ = (int(value) for value in item)
         where, path = self._place(item), self._files[file_number]
-        columns = (read_column(path, group, name)[row].as_py() for name in ("input_ids", "labels"))
+        columns = (self._reader.cell(path, group, name, row) for name in ("input_ids", "labels"))
         tokens_L, labels_L = (_ids(v, where, name) for v, name in zip(columns, ("input_ids", "labels"), strict=True))
         answer_mask_L = labels_L != IGNORED_LABEL
         if labels_L.shape != tokens_L.shape or (labels_L != tokens_L)[answer_mask_L].any():

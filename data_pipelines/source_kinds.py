@@ -9,7 +9,7 @@ import re
 import types
 from collections.abc import Mapping
 
-from data_pipelines import containers, layouts, released, tables
+from data_pipelines import containers, layouts, released, tables, tfds_source
 from data_pipelines.sources import ManifestSource, Source
 
 
@@ -38,6 +38,9 @@ KINDS = {
         containers.WebDatasetSource, "PATH", "tars; a picture or utterance and its text share a stem"
     ),
     "table": SourceKind(tables.TableSource, "PATH", "Parquet or Arrow; `--config.columns=` says which column is what"),
+    "tfds": SourceKind(
+        tfds_source.TfdsSource, "DIR", "a prepared builder of TensorFlow Datasets; features are named as columns are"
+    ),
     "released_jsonl": SourceKind(
         released.TokenizedJsonlSource, "PATH", "the authors' stage 1: ids as `discrete_code`, `response`, `task`"
     ),

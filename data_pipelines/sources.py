@@ -1,6 +1,7 @@
 """Where conversations come from: what all sources share, and the JSONL manifest with text inline and media by path.
 
-Folder layouts are in `layouts`, archives, tables and plain text in `containers`, how one is chosen in `source_kinds`.
+Folder layouts are in `layouts`, archives and plain text in `containers`, rows of columns in `tables` and `tfds_source`;
+how one is chosen is in `source_kinds`, how URLs are read in `places`.
 One line of a manifest:
 
     {"key": "caption/0001", "task": "caption", "split": "train", "group": "0001",
@@ -8,9 +9,9 @@ One line of a manifest:
                   {"role": "assistant", "parts": [{"text": "a red circle"}]}],
      "facts": {"label": "red circle"}}
 
-`task` and `messages` are needed. Paths are relative to the manifest. Without `key` the line number names the record.
-Without `split` the hash of `group` (the key where there is none) decides, never the position, so that what shares a
-picture or a speaker stays on one side. `facts` is carried through to evaluation untouched.
+`task` and `messages` are needed. Media are URLs or paths relative to the manifest. Without `key` the line number names
+the record. Without `split` the hash of `group` (the key where there is none) decides, never the position, so that what
+shares a picture or a speaker stays on one side. `facts` is carried through to evaluation untouched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -32,6 +32,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from aromni_jax.structs import Task, Text
+from data_pipelines.places import beside, is_local, located
 from data_pipelines.streams import DAMAGE, StreamReader, open_stream
 
 MediaKind = Literal["image", "speech"]
@@ -48,7 +49,7 @@ class RecordError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class MediaFile:
-    """A picture or an utterance on disk."""
+    """A picture or an utterance: a file of its own, on a disk or behind a URL."""
 
     kind: MediaKind
     path: pathlib.Path
@@ -56,10 +57,33 @@ class MediaFile:
     def __str__(self) -> str:
         return str(self.path)
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether `path` is a file that holds this and nothing else, and that any library can open."""
+        return is_local(self.path)
+
+    def content(self) -> bytes:
+        """Its bytes."""
+        return self.path.read_bytes()
+
     @contextlib.contextmanager
     def on_disk(self) -> Iterator[pathlib.Path]:
-        """The path of a file that holds its bytes, as long as the context lasts."""
-        yield self.path
+        """The path of a file that holds its bytes, as long as the context lasts.
+
+        It is a temporary one where there is none yet: tokenizers read files, and check them as such. Errors name the
+        picture or utterance instead.
+        """
+        if self.is_on_disk:
+            yield self.path
+            return
+        with tempfile.NamedTemporaryFile(suffix=pathlib.PurePosixPath(str(self)).suffix) as file:
+            try:
+                file.write(self.content())
+                file.flush()
+                yield pathlib.Path(file.name)
+            except (ValueError, OSError) as error:
+                said = str(error).replace(file.name, str(self))
+                raise RecordError("media", said if str(self) in said else f"{self}: {said}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,21 +95,14 @@ class EmbeddedMedia(MediaFile, abc.ABC):
     def __str__(self) -> str:
         return f"{self.path}/{self.member}"
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Never: it is a part of a file."""
+        return False
+
     @abc.abstractmethod
     def content(self) -> bytes:
         """Its bytes."""
-
-    @contextlib.contextmanager
-    def on_disk(self) -> Iterator[pathlib.Path]:
-        """A temporary file: tokenizers read files, and check them as such; errors name the member instead."""
-        with tempfile.NamedTemporaryFile(suffix=pathlib.Path(self.member).suffix) as file:
-            try:
-                file.write(self.content())
-                file.flush()
-                yield pathlib.Path(file.name)
-            except (ValueError, OSError) as error:
-                said = str(error).replace(file.name, str(self))
-                raise RecordError("media", said if str(self) in said else f"{self}: {said}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +136,7 @@ class Source(abc.ABC):
     split: it is reported, not lost. For use by one thread.
 
     Args:
-      path: a file, folder or pattern, as the kind says.
+      path: a file, folder or pattern, as the kind says; a URL where the kind reads URLs.
       split: the part to take, "" for all.
       heldout_fraction: share of groups, by hash, that is `heldout` where the corpus names no splits.
       tasks: names of the tasks to make of each item; none for all that the kind can.
@@ -143,7 +160,7 @@ class Source(abc.ABC):
         tasks: Sequence[str] = (),
         columns: Mapping[str, str] = types.MappingProxyType({}),
     ) -> None:
-        self.path = pathlib.Path(path)
+        self.path = located(path)
         self.columns = dict(columns)
         if wrong := set(self.columns) - set(self.COLUMNS):
             remedy = f"choose from {', '.join(self.COLUMNS)}" if self.COLUMNS else "leave config key 'columns' empty"
@@ -184,10 +201,15 @@ class Source(abc.ABC):
     def _side(self, group: str) -> str:
         return split_by_group(group, self._heldout_fraction)
 
+    @functools.cached_property
+    def _root(self) -> pathlib.Path:
+        """The last folder that `path` names without a wildcard."""
+        fixed = next(path for path in (self.path, *self.path.parents) if not set(path.as_posix()) & set("*?["))
+        return fixed.parent if fixed.is_file() else fixed
+
     def _named(self, file: pathlib.Path) -> str:
         """`file` below what `path` names without a wildcard: the same wherever the corpus lies."""
-        fixed = pathlib.Path(*itertools.takewhile(lambda part: not set(part) & set("*?["), self.path.parts))
-        return file.relative_to(fixed.parent if fixed.is_file() else fixed).as_posix()
+        return file.relative_to(self._root).as_posix()
 
     def _prepare(self) -> None:  # noqa: B027 - most kinds have nothing to find before they scan
         """Finds the files of the source; ValueError saying what is not there."""
@@ -363,7 +385,8 @@ class ManifestSource(LineSource):
             if kind in ("text", "transcript"):
                 parts.append(Text(part[kind], is_transcript=kind == "transcript"))
             else:
-                parts.append(MediaFile("image" if kind == "image" else "speech", self.path.parent / part[kind]))
+                file = beside(self.path.parent, part[kind])
+                parts.append(MediaFile("image" if kind == "image" else "speech", file))
         return RawMessage(str(fields["role"]), tuple(parts))
 
 

@@ -8,6 +8,8 @@ import pathlib
 import zlib
 from typing import Any, BinaryIO, cast
 
+from data_pipelines.places import opened
+
 _BLOCK_BYTES = 1 << 20
 COMPRESSIONS = (".gz", ".zst")
 DAMAGE = (OSError, EOFError, zlib.error)
@@ -21,7 +23,7 @@ def open_stream(path: pathlib.Path) -> BinaryIO:
       ValueError: a .zst file where the library that reads it is not installed.
     """
     if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
+        return cast(BinaryIO, gzip.open(opened(path), "rb"))
     if path.suffix == ".zst":
         return cast(BinaryIO, io.BufferedReader(_ZstdStream(path), _BLOCK_BYTES))
     return path.open("rb")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from aromni_jax.structs import Task
+from data_pipelines.columns import ColumnSource
 from data_pipelines.containers import matching
-from data_pipelines.layouts import PICTURE_TASKS, SPEECH_TASKS
-from data_pipelines.sources import Conversation, EmbeddedMedia, MediaFile, MediaKind, RecordError, Source, paired
+from data_pipelines.layouts import PICTURE_TASKS
+from data_pipelines.places import beside, is_local, opened
+from data_pipelines.sources import Conversation, EmbeddedMedia, MediaFile, MediaKind, RecordError, paired
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
 
@@ -30,7 +31,7 @@ class Table:
             raise ValueError(f"{path} needs the `pyarrow` library: pip install pyarrow") from error
         try:
             if path.suffix == ".parquet":
-                self._parquet = pyarrow.parquet.ParquetFile(path)
+                self._parquet = pyarrow.parquet.ParquetFile(opened(path), page_checksum_verification=True)
                 self.schema = self._parquet.schema_arrow
                 self.num_groups = self._parquet.num_row_groups
             else:
@@ -48,29 +49,29 @@ class Table:
 
 
 def _batches(pyarrow: Any, path: pathlib.Path) -> list[Any]:
-    """The batches of an Arrow file, or of the stream that some write under the same name; mapped, not read."""
-    mapped = pyarrow.memory_map(str(path))
+    """The batches of an Arrow file, or of the stream that some write under the same name.
+
+    They are mapped, not read, where the file is on a disk; a URL is read whole.
+    """
+    content = pyarrow.memory_map(str(path)) if is_local(path) else pyarrow.BufferReader(path.read_bytes())
     try:
-        reader = pyarrow.ipc.open_file(mapped)
+        reader = pyarrow.ipc.open_file(content)
         return [reader.get_batch(number) for number in range(reader.num_record_batches)]
     except pyarrow.ArrowInvalid:
-        mapped.seek(0)
-        return list(pyarrow.ipc.open_stream(mapped))
+        content.seek(0)
+        return list(pyarrow.ipc.open_stream(content))
 
 
-@functools.lru_cache(maxsize=8)
-def _table(path: pathlib.Path, modified_ns: int) -> Table:
-    return Table(path)
+class TableReader:
+    """The tables and columns that were used last: neighbouring records ask for the same."""
 
+    def __init__(self) -> None:
+        self.table = functools.lru_cache(maxsize=8)(Table)
+        self._column = functools.lru_cache(maxsize=4)(lambda path, group, name: self.table(path).column(group, name))
 
-@functools.lru_cache(maxsize=4)
-def _column(path: pathlib.Path, modified_ns: int, group: int, name: str) -> Any:
-    return _table(path, modified_ns).column(group, name)
-
-
-def read_column(path: pathlib.Path, group: int, name: str) -> Any:
-    """A column of a group; the last few are kept, since neighbouring records ask for the same."""
-    return _column(path, path.stat().st_mtime_ns, group, name)
+    def cell(self, path: pathlib.Path, group: int, name: str, row: int) -> Any:
+        """What stands in one cell, as Python has it."""
+        return self._column(path, group, name)[row].as_py()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,54 +81,39 @@ class TableCell(EmbeddedMedia):
     group: int
     row: int
     column: str
+    reader: TableReader = dataclasses.field(compare=False, repr=False)
 
     def content(self) -> bytes:
         """The bytes of the cell, or of the file it names; RecordError where there are none."""
-        value = read_column(self.path, self.group, self.column)[self.row].as_py()
+        value = self.reader.cell(self.path, self.group, self.column, self.row)
         if isinstance(value, dict):
             name = value.get("path")
-            value = value.get("bytes") or (name and (self.path.parent / name).read_bytes())
+            value = value.get("bytes") or (name and beside(self.path.parent, name).read_bytes())
         if not isinstance(value, bytes) or not value:
             raise RecordError("media", f"{self}: the cell holds no bytes")
         return value
 
 
-class TableSource(Source):
+class TableSource(ColumnSource):
     """Parquet and Arrow files, columns named by the config key `columns`: `{"text": "caption", "image": "jpg"}`.
 
-    `text` is needed, `image` or `speech` makes it a source of pictures or of speech: bytes, a struct of `bytes` and
-    `path`, or a path relative to the file. `key` names records, `group` decides the split (else the key, else the hash
-    of the text). The fingerprint covers these but not the bytes of media.
+    Pictures and utterances are bytes, a struct of `bytes` and `path`, or a path relative to the file. The fingerprint
+    covers text, keys and groups, not the bytes of media.
     """
-
-    TASKS: ClassVar[tuple[Task, ...]] = (*PICTURE_TASKS, *SPEECH_TASKS, Task.TEXT)
-    COLUMNS: ClassVar[tuple[str, ...]] = ("text", "image", "speech", "key", "group")
 
     def _prepare(self) -> None:
         self._files = matching(self.path, SUFFIXES)
-        names = list(Table(self._files[0]).schema.names)
-        if "text" not in self.columns:
-            raise ValueError(
-                f"{self._files[0]} has the columns {', '.join(names)}; name that of the text in config key 'columns': "
-                f"--config.columns=\"{{'text': '{names[0]}'}}\""
-            )
-
-    def _tasks_here(self) -> tuple[Task, ...]:
-        return PICTURE_TASKS if "image" in self.columns else SPEECH_TASKS if "speech" in self.columns else (Task.TEXT,)
+        self._reader = TableReader()
+        self._check_text_is_named(self._files[0], self._reader.table(self._files[0]).schema.names)
 
     def _stored(self, items: Iterable[Any]) -> np.ndarray:
         return np.fromiter(items, np.dtype((np.int64, 4)))
 
     def _scan(self) -> Iterator[tuple[Any, str | None]]:
-        wanted = [role for role in ("text", "key", "group") if role in self.columns]
+        wanted = self._deciding()
         for file_number, path in enumerate(self._files):
             table, number = Table(path), 0
-            missing = [name for name in self.columns.values() if name not in table.schema.names]
-            if missing:
-                has = ", ".join(table.schema.names)
-                raise ValueError(
-                    f"{path} has no column {', '.join(missing)}; it has {has}: correct config key 'columns'"
-                )
+            self._check_columns_exist(path, table.schema.names)
             for group in range(table.num_groups):
                 try:
                     columns = [table.column(group, self.columns[role]).to_pylist() for role in wanted]
@@ -135,10 +121,7 @@ class TableSource(Source):
                     raise ValueError(f"{path}, row group {group}, does not read ({error}); fetch it again") from error
                 for row, values in enumerate(zip(*columns, strict=True)):
                     self._digest.update(repr(values).encode())
-                    # `values` begins with the text and ends with what decides: group, else key, else the text itself.
-                    by_text = len(values) == 1
-                    decides = hashlib.sha256(str(values[0]).encode()).hexdigest() if by_text else str(values[-1])
-                    yield (file_number, group, row, number), None if values[-1] is None else self._side(decides)
+                    yield (file_number, group, row, number), self._side_of(values)
                     number += 1
 
     def _place(self, item: Any) -> str:
@@ -151,7 +134,7 @@ class TableSource(Source):
         where = self._place(item)
 
         def cell(role: str) -> Any:
-            return read_column(path, group, self.columns[role])[row].as_py()
+            return self._reader.cell(path, group, self.columns[role], row)
 
         text = cell("text")
         if not isinstance(text, str):
@@ -162,9 +145,10 @@ class TableSource(Source):
         kind: MediaKind = "image" if task in PICTURE_TASKS else "speech"
         if task != Task.TEXT and kind in self.columns:
             name = self.columns[kind]
-            column_type = str(_table(path, path.stat().st_mtime_ns).schema.field(name).type)
+            column_type = str(self._reader.table(path).schema.field(name).type)
             if column_type in ("string", "large_string"):
-                media = MediaFile(kind, path.parent / str(cell(kind)))
+                media = MediaFile(kind, beside(path.parent, str(cell(kind))))
             else:
-                media = TableCell(kind, path, f"row {int(item[3])}, column {name}", group, row, name)
+                member = f"row {int(item[3])}, column {name}"
+                media = TableCell(kind, path, member, group, row, name, self._reader)
         return paired(str(cell("key")) if "key" in self.columns else where, task, text.strip(), media, {"label": text})

@@ -155,7 +155,6 @@ def test_pictures_without_a_caption_and_captions_without_a_picture(tmp_path: pat
     [
         ("ljspech:x", r"unknown kind of source 'ljspech' .* did you mean 'ljspeech'\? kinds: manifest, ljspeech"),
         ("qqq:x", "unknown kind of source 'qqq' in 'qqq:x'; kinds: manifest"),
-        ("gs://bucket/x", "there is no manifest"),
         ("manifest:none.jsonl", "there is no manifest none.jsonl"),
         ("ljspeech:none", "there is no none/metadata.csv; ljspeech: takes the folder"),
         ("librispeech:none", "none has no .*trans.txt"),
