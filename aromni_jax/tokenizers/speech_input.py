@@ -5,6 +5,7 @@ Long sound is read, averaged and resampled a block at a time, so that memory hol
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -37,7 +38,7 @@ def prepare_sound(
     """Sound as float32 mono at `target_rate_hz`: channels averaged, integers scaled to [-1, 1], rate converted.
 
     Args:
-      sound: samples [T] or [T, channels], integer or float; or the path of a WAV, FLAC or Ogg file.
+      sound: samples [T] or [T, channels], integer or float; or the path of a WAV, FLAC, Ogg or MP3 file.
       rate_hz: rate of an array; a file knows its own.
       report: is told what was converted, for example "a.wav: 44100 Hz, 2 channels, converted to 16000 Hz mono".
 
@@ -55,9 +56,12 @@ def prepare_sound(
         raise ValueError(f"{name} has shape {samples.shape}, expected [samples] or [samples, channels]")
     _check_length(len(samples) if samples.ndim else 0, rate_hz, name)
     _say(report, name, rate_hz, samples.shape[1] if samples.ndim == 2 else 1, target_rate_hz)
+    return _converted(_array_blocks(samples, int(rate_hz)), len(samples), int(rate_hz), target_rate_hz, name)
+
+
+def _array_blocks(samples: np.ndarray, rate_hz: int) -> Iterator[np.ndarray]:
     size = _BLOCK_SECONDS * rate_hz
-    blocks = (_mono(samples[start : start + size]) for start in range(0, len(samples), size))
-    return _converted(blocks, len(samples), int(rate_hz), target_rate_hz, name)
+    return (_mono(samples[start : start + size]) for start in range(0, len(samples), size))
 
 
 def _prepare_file(path: Path, target_rate_hz: int, report: Report) -> np.ndarray:
@@ -68,20 +72,43 @@ def _prepare_file(path: Path, target_rate_hz: int, report: Report) -> np.ndarray
             _check_length(file.frames, file.samplerate, str(path))
             _check_not_cut(path, file.format)
             _say(report, str(path), file.samplerate, file.channels, target_rate_hz)
+            if file.format == "MP3" and not _mp3_counts_samples(path):
+                held = np.concatenate([np.zeros(0, np.float32), *_file_blocks(file, None)])
+                _check_length(len(held), file.samplerate, str(path))
+                return _converted(
+                    _array_blocks(held, file.samplerate), len(held), file.samplerate, target_rate_hz, str(path)
+                )
             blocks = _file_blocks(file, path)
             return _converted(blocks, file.frames, file.samplerate, target_rate_hz, str(path))
     except soundfile.LibsndfileError as error:
         raise ValueError(f"{path} cannot be read as sound: {error}") from error
 
 
-def _file_blocks(file: soundfile.SoundFile, path: Path) -> Iterator[np.ndarray]:
+def _file_blocks(file: soundfile.SoundFile, path: Path | None) -> Iterator[np.ndarray]:
+    """Mono blocks; without `path` the number of samples is a guess that may be too high, with it ValueError says so."""
     read = 0
     while read < file.frames:
         block = file.read(_BLOCK_SECONDS * file.samplerate, dtype="float32", always_2d=True)
         if not len(block):
+            if path is None:
+                return
             raise ValueError(f"{path} is cut short: it announces {file.frames} samples and holds {read}")
         read += len(block)
         yield _mono(block)
+
+
+def _mp3_counts_samples(path: Path) -> bool:
+    """Whether the first frame of an MP3 file says how many there are; else libsndfile guesses from the first bit rate.
+
+    Without that count a file cut short cannot be told from a shorter one.
+    """
+    with path.open("rb") as file:
+        tag = file.read(10)
+        # Text about the sound may come first: its size is in four bytes of seven bits.
+        size = functools.reduce(lambda number, byte: number << 7 | byte, tag[6:10]) + 10 if tag[:3] == b"ID3" else 0
+        file.seek(size)
+        frame = file.read(64)
+    return any(name in frame for name in (b"Xing", b"Info", b"VBRI"))
 
 
 def _check_length(num_samples: int, rate_hz: int, name: str) -> None:
