@@ -152,9 +152,12 @@ class DataConfig:
     """Where rows come from.
 
     `mixture` is "synthetic", or names each pre-tokenized data set: {name: {"path": directory, "weight": share}}.
-    `weight_unit` says what a share counts. `num_workers` threads read ahead (0: the caller reads), up to
-    `prefetch_batches` batches; neither changes the order. `evaluation` names held-out data sets ({name: directory}),
-    of which `evaluation_examples` each (0: all) are measured every `eval_every_steps`.
+    `weight_unit` says what a share counts, and a share s becomes s ** (1 / `temperature`). When a data set has been
+    read once it begins again, or (`when_exhausted`) the run stops as soon as one, without weights all, has been read
+    `epochs` times. All of this may change between two starts of a run: every data set goes on where it stood.
+    `num_workers` threads read ahead (0: the caller reads), up to `prefetch_batches` batches; neither changes the order.
+    `evaluation` names held-out data sets ({name: directory}), of which `evaluation_examples` each (0: all) are measured
+    every `eval_every_steps`.
     """
 
     mixture: str | dict[str, dict[str, Any]]
@@ -164,6 +167,15 @@ class DataConfig:
     shuffle: bool = True
     evaluation: dict[str, str] = dataclasses.field(default_factory=dict)
     evaluation_examples: int = 512
+    temperature: float = 1.0
+    when_exhausted: typing.Literal["repeat", "stop"] = "repeat"
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            _fail("data.temperature", f"must be positive, not {self.temperature}; 1 leaves the shares as they are")
+        if self.epochs < 1:
+            _fail("data.epochs", f"must be at least 1, not {self.epochs}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,9 @@ def train_defaults() -> ConfigDict:
             data=dict(
                 mixture="synthetic",
                 weight_unit="examples",
+                temperature=1.0,
+                when_exhausted="repeat",
+                epochs=1,
                 num_workers=1,
                 prefetch_batches=2,
                 shuffle=True,

@@ -1,19 +1,17 @@
-"""A mixture of named data sets as one list of documents: what an epoch holds, and the shares it really has.
+"""A mixture of named data sets: how many documents of each stand in a cycle of the stream, and which shares that gives.
 
-Without weights every record of every data set stands in an epoch once. With weights, shares of examples or of target
-tokens as `data.weight_unit` says, the data set that lasts longest at its weight stands in the epoch exactly once and
-the others as often as their weights ask: whole repeats, then a seeded draw without replacement for the rest.
+Without weights a cycle is every record of every data set once. With weights, shares of examples or of target tokens as
+`data.weight_unit` says, the data set that lasts longest at its weight stands in a cycle exactly once and the others as
+often as their weights ask. `data.temperature` T flattens the shares: each is raised to the power 1/T. Where the run
+stops on exhaustion there is one cycle, which ends when the first data set (without weights: every one) has been read
+`data.epochs` times.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
-import os
-import pathlib
-import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +19,8 @@ import numpy as np
 from aromni_jax.config import DataConfig, from_mapping
 from aromni_jax.structs import Modality, Task
 from aromni_jax.vocab import JointVocab
-from data_pipelines import pack_plan
-from data_pipelines.pack_plan import PackPlan
-from data_pipelines.records import StoredExample, TokenDataset
+from data_pipelines.document_stream import Cursor, DocumentStream
+from data_pipelines.records import TokenDataset
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +36,15 @@ class MixtureEntry:
 
 
 class Mixture:
-    """The documents of one epoch, by index: `lengths_N` (targets), `tasks_N`, and the stored examples behind them.
-
-    `counts_TMR` counts the targets of an epoch by task, modality and role, repeats included; `shares` says what share
-    of examples and tokens each data set has, and how often an epoch repeats it.
+    """The data sets of a config, opened and checked, and the streams that can be drawn from them.
 
     Raises:
       ValueError: a data set that is not there or was made with another vocabulary; weights that are not positive, given
-        for some data sets only, or so far apart that one data set would be repeated more than a thousand times.
+        for some data sets only, or so far apart that one data set would be repeated more than a thousand times; the
+        same data set twice.
     """
 
-    def __init__(self, data: DataConfig, vocab: JointVocab, *, seed: int) -> None:
+    def __init__(self, data: DataConfig, vocab: JointVocab) -> None:
         if isinstance(data.mixture, str) or not data.mixture:
             raise ValueError(
                 f"config key 'data.mixture': {data.mixture!r} names no data set; give "
@@ -58,123 +53,93 @@ class Mixture:
         entries = {
             name: from_mapping(MixtureEntry, entry, f"data.mixture.{name}") for name, entry in data.mixture.items()
         }
+        self.names = list(entries)
         self.datasets = [TokenDataset(entry.path, vocab) for entry in entries.values()]
         for name, dataset in zip(entries, self.datasets, strict=True):
             if not len(dataset):
                 raise ValueError(f"config key 'data.mixture.{name}': the data set {dataset.directory} has no records")
-        sizes = np.array([len(dataset) for dataset in self.datasets])
-        counts = self._documents_of_each(entries, sizes, data.weight_unit)
-        parts = [
-            _repeat(int(size), int(count), seed, i) for i, (size, count) in enumerate(zip(sizes, counts, strict=True))
-        ]
-        self._dataset_N = np.repeat(np.arange(len(parts), dtype=np.int16), [len(part) for part in parts])
-        self._index_N = np.concatenate(parts)
-        self.lengths_N = np.concatenate([d.lengths_N[p] - 1 for d, p in zip(self.datasets, parts, strict=True)])
-        self.tasks_N = np.concatenate([d.tasks_N[p] for d, p in zip(self.datasets, parts, strict=True)])
-        repeats = counts / sizes
-        self.counts_TMR = np.round(sum(d.counts_TMR * r for d, r in zip(self.datasets, repeats, strict=True))).astype(
-            np.int64
-        )
-        tokens = np.array([self.lengths_N[self._dataset_N == i].sum() for i in range(len(parts))])
+        first: dict[str, str] = {}
+        for name, dataset in zip(entries, self.datasets, strict=True):
+            if (same := first.setdefault(dataset.fingerprint, name)) != name:
+                raise ValueError(
+                    f"config key 'data.mixture': {name!r} has the same records as {same!r}; give that weight"
+                )
+        self._data = data
+        self._sizes_D = np.array([len(dataset) for dataset in self.datasets])
+        self._mean_targets_D = np.array([dataset.lengths_N.mean() - 1 for dataset in self.datasets])
+        weights = [entry.weight for entry in entries.values()]
+        self._is_weighted = data.temperature != 1 or weights != [None] * len(weights)
+        self._wanted_D = self._wanted(weights)
+        fresh_D = self.counts([Cursor()] * len(self.datasets))
+        repeats_D = fresh_D / self._sizes_D
+        self.counts_TMR = np.round(
+            sum(dataset.counts_TMR * r for dataset, r in zip(self.datasets, repeats_D, strict=True))
+        ).astype(np.int64)
+        tokens_D = fresh_D * self._mean_targets_D
         self.shares = {
             name: {
-                "examples": float(counts[i] / counts.sum()),
-                "tokens": float(tokens[i] / tokens.sum()),
-                "repeats": float(repeats[i]),
+                "examples": float(fresh_D[i] / fresh_D.sum()),
+                "tokens": float(tokens_D[i] / tokens_D.sum()),
+                "repeats": float(repeats_D[i]),
             }
             for i, name in enumerate(entries)
         }
-        identity = [[d.fingerprint for d in self.datasets], counts.tolist(), seed if (counts > sizes).any() else 0]
-        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         for name, share in self.shares.items():
             log.info(
-                "mixture: %s has %.1f%% of examples, %.1f%% of tokens, %.2f times an epoch",
+                "mixture: %s has %.1f%% of examples, %.1f%% of tokens, %.2f times a cycle",
                 name,
                 100 * share["examples"],
                 100 * share["tokens"],
                 share["repeats"],
             )
 
-    def _documents_of_each(self, entries: dict[str, MixtureEntry], sizes: np.ndarray, unit: str) -> np.ndarray:
-        weights = [entry.weight for entry in entries.values()]
-        if all(weight is None for weight in weights) or len(weights) == 1:
-            return sizes
-        for name, weight in zip(entries, weights, strict=True):
-            if weight is None or weight <= 0:
-                raise ValueError(
-                    f"config key 'data.mixture.{name}.weight': must be positive, not {weight}; give every data set a "
-                    "weight or none"
-                )
-        wanted = np.array(weights, np.float64)
-        if unit == "tokens":
-            wanted /= [dataset.lengths_N.mean() - 1 for dataset in self.datasets]
-        counts = np.round(wanted * (sizes / wanted).max()).astype(np.int64)
-        most = int((counts / sizes).argmax())
-        if counts[most] > _MOST_REPEATS * sizes[most]:
-            raise ValueError(
-                f"config key 'data.mixture': at these weights {list(entries)[most]!r} would be repeated "
-                f"{counts[most] / sizes[most]:.0f} times an epoch; lower its weight or give it more records"
-            )
-        return np.maximum(counts, sizes)
+    def _wanted(self, weights: Sequence[float | None]) -> np.ndarray:
+        """float64 [D]: shares of examples, not scaled."""
+        in_tokens = self._data.weight_unit == "tokens"
+        if all(weight is None for weight in weights):
+            wanted_D = self._sizes_D * (self._mean_targets_D if in_tokens else 1.0)
+        else:
+            for name, weight in zip(self.names, weights, strict=True):
+                if weight is None or weight <= 0:
+                    raise ValueError(
+                        f"config key 'data.mixture.{name}.weight': must be positive, not {weight}; give every data "
+                        "set a weight or none"
+                    )
+            wanted_D = np.array(weights, np.float64)
+        wanted_D = wanted_D ** (1 / self._data.temperature)
+        return wanted_D / self._mean_targets_D if in_tokens else wanted_D
 
-    def __len__(self) -> int:
-        return len(self._index_N)
-
-    def __getitem__(self, document: int) -> StoredExample:
-        """The stored example of document `document`; ValueError naming its place when it is damaged."""
-        return self.datasets[self._dataset_N[document]][int(self._index_N[document])]
-
-    def where(self, document: int) -> str:
-        """Shard and record of a document."""
-        return self.datasets[self._dataset_N[document]].where(int(self._index_N[document]))
-
-    def plan(self, row_length: int, *, seed: int) -> tuple[PackPlan, str]:
-        """The pack plan of an epoch and its hash, read from beside the shards or made and stored there.
+    def counts(self, cursors: Sequence[Cursor]) -> np.ndarray:
+        """int64 [D]: documents of each data set in a cycle of a stream that begins at `cursors`.
 
         Raises:
-          ValueError: a record longer than a row, by name.
+          ValueError: nothing is left to read, or a data set would be repeated too often.
         """
-        longest = int(self.lengths_N.argmax())
-        num_tokens = int(self.lengths_N[longest]) + 1
-        if num_tokens > row_length + 1:
-            num_long = int((self.lengths_N > row_length).sum())
+        if self._data.when_exhausted == "stop":
+            left_D = np.maximum(self._data.epochs * self._sizes_D - [cursor.num_read for cursor in cursors], 0)
+            if not left_D.any() or (self._is_weighted and not left_D.all()):
+                raise ValueError(
+                    f"config key 'data.epochs': {self.names[int(left_D.argmin())]!r} has been read "
+                    f"{self._data.epochs} time(s) already; raise data.epochs or set data.when_exhausted=repeat"
+                )
+            if not self._is_weighted:
+                return left_D
+            # A share that is a whole number of documents must not fall below it by rounding.
+            return np.floor(self._wanted_D * (left_D / self._wanted_D).min() + 1e-6).astype(np.int64)
+        counts_D = np.round(self._wanted_D * (self._sizes_D / self._wanted_D).max()).astype(np.int64)
+        most = int((counts_D / self._sizes_D).argmax())
+        if counts_D[most] > _MOST_REPEATS * self._sizes_D[most]:
             raise ValueError(
-                f"record {self[longest].key!r} ({self.where(longest)}) has {num_tokens} tokens, "
-                f"a row of sequence_length {row_length} holds {row_length + 1}; {num_long} record(s) are too long. "
-                "Raise sequence_length, or pre-tokenize again with max_tokens"
+                f"config key 'data.mixture': at these weights {self.names[most]!r} would be repeated "
+                f"{counts_D[most] / self._sizes_D[most]:.0f} times a cycle; lower its weight or give it more records"
             )
-        digest = pack_plan.plan_hash(data_fingerprint=self.fingerprint, row_length=row_length, seed=seed)
-        path = self.datasets[0].directory / "plans" / f"{digest}.npz"
-        plan = _read_plan(path, row_length)
-        if plan is None:
-            plan = pack_plan.make_plan(self.lengths_N, row_length, seed=seed)
-            _write_plan(path, plan)
-        return plan, digest
+        return np.maximum(counts_D, self._sizes_D)
 
-
-def _repeat(size: int, count: int, seed: int, index: int) -> np.ndarray:
-    """`count` record indices out of `size`: whole repeats, and a seeded draw without replacement for the rest."""
-    rest = np.random.default_rng([seed, index, size]).permutation(size)[: count % size]
-    return np.concatenate([np.tile(np.arange(size), count // size), np.sort(rest)]).astype(np.int64)
-
-
-def _read_plan(path: pathlib.Path, row_length: int) -> PackPlan | None:
-    try:
-        with np.load(path) as arrays:
-            return PackPlan(arrays["documents_N"], arrays["starts_R"], row_length, int(arrays["num_tokens"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # not there, or cut short by a crash: a plan is made again in seconds
-
-
-def _write_plan(path: pathlib.Path, plan: PackPlan) -> None:
-    """Stores a plan for the next start; on a read-only data set it is made anew each time."""
-    temporary = path.with_name(f".tmp-{path.stem}-{os.getpid()}.npz")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        np.savez(temporary, documents_N=plan.documents_N, starts_R=plan.starts_R, num_tokens=np.int64(plan.num_tokens))
-        os.replace(temporary, path)
-    except OSError as error:
-        log.info("the pack plan is not stored beside the shards (%s); it will be made again at the next start", error)
+    def stream(self, *, seed: int, cursors: Sequence[Cursor] | None = None) -> DocumentStream:
+        """The stream of this mixture from `cursors` on (None: from the beginning of every data set)."""
+        cursors = [Cursor()] * len(self.datasets) if cursors is None else cursors
+        is_finite = self._data.when_exhausted == "stop"
+        return DocumentStream(self.datasets, self.counts(cursors), cursors, seed=seed, is_finite=is_finite)
 
 
 def describe_shares(counts_TMR: np.ndarray, table_TMR: np.ndarray) -> dict[str, Any]:

@@ -1,23 +1,19 @@
 """The pack plan: which documents stand in which row, computed from lengths alone, so that a row is random access.
 
-Documents are taken in a seeded shuffle, window by window, and packed best fit decreasing: the longest first, each into
-the fullest row it still fits. Rows that stay clearly unfilled give their documents back to the next window. No document
-is ever split.
+Rows are made one after the other, each from the longest document left: what is left of the row is filled by one
+document or by two that fit it exactly where there are such, else by the longest that fits. No document is ever split.
+A row found is repeated as often as there are documents of its lengths, so that planning costs by the number of
+different lengths rather than of documents.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 
-ALGORITHM_VERSION = 1
-WINDOW = 4096
-_UNFILLED = 1 / 32
-"""A row with more than this share of free space gives its documents back ..."""
-_CARRIED = 1 / 8
-"""... unless they are more than this share of a window (data whose lengths cannot fill rows must not pile up)."""
+ALGORITHM_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,75 +39,72 @@ class PackPlan:
         return self.documents_N[self.starts_R[row] : self.starts_R[row + 1]]
 
 
-def make_plan(lengths_N: np.ndarray, row_length: int, *, seed: int, window: int = WINDOW) -> PackPlan:
+def make_plan(lengths_N: np.ndarray, row_length: int, *, seed: int) -> PackPlan:
     """Packs documents of `lengths_N` targets into rows of `row_length`; a pure function of its arguments.
 
+    `seed` decides which of the documents of one length stand where. Rows come in no useful order: shuffle them.
+
     Raises:
-      ValueError: a document does not fit an empty row (`.args[0]` names its index; see `check_lengths`).
+      ValueError: a document does not fit an empty row.
     """
     too_long = np.flatnonzero(lengths_N > row_length)
     if len(too_long):
         raise ValueError(
             f"document {too_long[0]} has {lengths_N[too_long[0]]} targets, a row has room for {row_length}"
         )
-    order = np.random.default_rng([seed, len(lengths_N)]).permutation(len(lengths_N))
-    rows: list[list[int]] = []
-    waiting: list[int] = []
-    for start in range(0, len(order), window):
-        is_last = start + window >= len(order)
-        offered = np.concatenate([np.array(waiting, np.int64), order[start : start + window]])
-        packed, spaces = _best_fit_decreasing(offered, lengths_N[offered], row_length)
-        waiting = []
-        if not is_last:
-            loosest_first = sorted(range(len(packed)), key=lambda i: -spaces[i])
-            for i in loosest_first:
-                if spaces[i] <= row_length * _UNFILLED or len(waiting) + len(packed[i]) > window * _CARRIED:
-                    break
-                waiting += packed[i]
-                packed[i] = []
-        rows += [row for row in packed if row]
+    shuffled = np.random.default_rng([seed, len(lengths_N)]).permutation(np.arange(len(lengths_N), dtype=np.int32))
+    # A document of one token has no target; it takes a place all the same, so that rows stay finite.
+    needs_N = np.maximum(lengths_N[shuffled], 1)
+    by_length = shuffled[np.argsort(needs_N, kind="stable")]
+    counts_L = np.bincount(needs_N, minlength=row_length + 1)
+    next_L = np.cumsum(counts_L) - counts_L
+    documents, num_documents = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+    for lengths, num_rows in _patterns(counts_L.tolist(), row_length):
+        columns = []
+        for length, times in lengths.items():
+            first = next_L[length]
+            next_L[length] += times * num_rows
+            columns.append(by_length[first : next_L[length]].reshape(num_rows, times))
+        rows = np.concatenate(columns, axis=1)
+        documents.append(rows.ravel())
+        num_documents.append(np.full(num_rows, rows.shape[1]))
     return PackPlan(
-        documents_N=np.array([document for row in rows for document in row], np.int32),
-        starts_R=np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64),
+        documents_N=np.concatenate(documents),
+        starts_R=np.concatenate([[0], np.cumsum(np.concatenate(num_documents))]),
         row_length=row_length,
-        num_tokens=int(lengths_N.sum()),
+        num_tokens=int(lengths_N.sum(dtype=np.int64)),
     )
 
 
-def _best_fit_decreasing(
-    documents: np.ndarray, lengths: np.ndarray, row_length: int
-) -> tuple[list[list[int]], list[int]]:
-    """Rows of document indices, and the free space of each.
+def _patterns(counts_L: list[int], row_length: int) -> Iterator[tuple[dict[int, int], int]]:
+    """Rows that use up `counts_L` documents of each length: {length: times} of a row, and how many rows are like it.
 
-    Open rows are kept by their free space, with an integer that has one bit per space at which there is a row: the
-    fullest row that fits is its lowest set bit from the wanted length on.
+    Lengths that are left are the set bits of one integer. Read backwards from `space` and laid over itself, it shows
+    the pairs that fill `space` exactly:
+
+        lengths left   .  1  2  .  .  5  6          space 7
+        7 - length     .  1  2  .  .  5  6    ->    pairs 1 + 6 and 2 + 5
     """
-    longest_first = np.argsort(-lengths, kind="stable")
-    rows: list[list[int]] = []
-    spaces: list[int] = []
-    open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]
-    occupied = 0
-    for document, length in zip(documents[longest_first].tolist(), lengths[longest_first].tolist(), strict=True):
-        fitting = occupied >> length
-        if fitting:
-            space = length + (fitting & -fitting).bit_length() - 1
-            row = open_rows[space].pop()
-            if not open_rows[space]:
-                occupied ^= 1 << space
-            rows[row].append(document)
-        else:
-            row, space = len(rows), row_length
-            rows.append([document])
-            spaces.append(space)
-        space -= length
-        spaces[row] = space
-        if not open_rows[space]:
-            occupied |= 1 << space
-        open_rows[space].append(row)
-    return rows, spaces
-
-
-def plan_hash(*, data_fingerprint: str, row_length: int, seed: int) -> str:
-    """16 hex digits over all a plan depends on: equal exactly when the plans are."""
-    text = f"{ALGORITHM_VERSION} {data_fingerprint} {row_length} {seed} {WINDOW}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    lengths_left = sum(1 << length for length, count in enumerate(counts_L) if count)
+    reversed_left = sum(1 << (row_length - length) for length, count in enumerate(counts_L) if count)
+    while lengths_left:
+        row: dict[int, int] = {}
+        available, backwards, space = lengths_left, reversed_left, row_length
+        while fitting := available & ((1 << (space + 1)) - 1):
+            pairs = fitting & (backwards >> (row_length - space))
+            if space % 2 == 0 and pairs >> (space // 2) & 1 and counts_L[space // 2] - row.get(space // 2, 0) < 2:
+                pairs ^= 1 << (space // 2)  # there is one of half the space, not two
+            exact = fitting >> space & 1
+            length = space if exact else (pairs if row and pairs else fitting).bit_length() - 1
+            row[length] = row.get(length, 0) + 1
+            space -= length
+            if row[length] == counts_L[length]:
+                available ^= 1 << length
+                backwards ^= 1 << (row_length - length)
+        num_rows = min(counts_L[length] // times for length, times in row.items())
+        yield row, num_rows
+        for length, times in row.items():
+            counts_L[length] -= times * num_rows
+            if not counts_L[length]:
+                lengths_left ^= 1 << length
+                reversed_left ^= 1 << (row_length - length)

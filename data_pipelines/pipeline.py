@@ -1,17 +1,17 @@
 """Packed batches: a pure function from (seed, step) to rows, read ahead by Grain, resumed exactly from a few bytes.
 
-Row r of the stream belongs to epoch r // R and is row permutation(seed, epoch)[r % R] of the pack plan. Batch n takes
-rows [n * B, (n + 1) * B) of the stream, and a process reads those of its devices. So the global batches are the same
-for any number of processes and reading threads, and a change of batch size goes on where the stream stood.
+The stream of rows is cut into segments; a place in it is a segment and a row. Batch n takes the B rows after those of
+batch n - 1, and a process reads those of its devices. So the global batches are the same for any number of processes
+and reading threads, and a change of batch size or of the mixture goes on where the stream stood.
 """
 
 from __future__ import annotations
 
-import functools
+import bisect
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -22,130 +22,96 @@ from aromni_jax.structs import Example, PackedBatch, Task
 from aromni_jax.vocab import JointVocab
 from data_pipelines.mixing import Mixture, describe_shares
 from data_pipelines.pack_plan import make_plan
+from data_pipelines.planned_rows import PlannedRows
 from data_pipelines.records import StoredExample, TokenDataset
 from data_pipelines.synthetic import SyntheticRows
-from data_pipelines.weighting import UNIFORM_TMR, to_document, weight_table
+from data_pipelines.weighting import UNIFORM_TMR, to_targets, weight_table
 
 log = logging.getLogger(__name__)
-
-MAX_DAMAGED_SHARE = 0.01
-_DAMAGED_ALLOWED_AT_ONCE = 8
-"""Damaged records become padding; a run stops at more than this many and more than that share of all it read."""
 
 _ENDLESS = 2**60
 
 
 class Rows(Protocol):
-    """Rows by index: `num_rows` of an epoch, or None where there is no end."""
-
-    @property
-    def num_rows(self) -> int | None: ...
+    """Rows by segment and number; `description` is what a later start needs to know of them."""
 
     @property
     def fingerprint(self) -> str: ...
 
     @property
-    def fill(self) -> float: ...
+    def description(self) -> dict[str, Any]: ...
 
-    @property
-    def counts_TMR(self) -> np.ndarray: ...
+    def num_rows(self, segment: int) -> int:
+        """Rows of a segment; 0 past the end."""
+        ...
 
-    def documents(self, row: int) -> Sequence[StoredExample | None]:
+    def documents(self, segment: int, row: int) -> Sequence[StoredExample | None]:
         """What stands in a row, in order; None stands for a damaged record."""
         ...
 
-    def keys(self, row: int) -> list[str]: ...
+    def keys(self, segment: int, row: int) -> list[str]: ...
+
+    def shares(self, segment: int, row: int) -> dict[str, float]:
+        """Share of each data set in the targets of all rows before this one."""
+        ...
 
 
-class PlannedRows:
-    """The rows of a mixture's pack plan."""
-
-    def __init__(self, mixture: Mixture, row_length: int, *, seed: int) -> None:
-        self._mixture = mixture
-        self._plan, self.fingerprint = mixture.plan(row_length, seed=seed)
-        self.num_rows = self._plan.num_rows
-        self.fill = self._plan.fill
-        self.counts_TMR = mixture.counts_TMR
-        self.damaged: set[str] = set()
-        self._num_read = 0
-        self._lock = threading.Lock()
-
-    def documents(self, row: int) -> list[StoredExample | None]:
-        """Reads the documents of `row`; ValueError when too many records have turned out to be damaged."""
-        return [self._read(int(document)) for document in self._plan[row]]
-
-    def _read(self, document: int) -> StoredExample | None:
-        self._num_read += 1
-        try:
-            return self._mixture[document]
-        except ValueError as error:
-            with self._lock:
-                if (where := self._mixture.where(document)) not in self.damaged:
-                    log.warning("%s; it becomes padding", error)
-                self.damaged.add(where)
-                if len(self.damaged) > max(_DAMAGED_ALLOWED_AT_ONCE, MAX_DAMAGED_SHARE * self._num_read):
-                    raise ValueError(
-                        f"{len(self.damaged)} of {self._num_read} records read are damaged, the last: {error}; "
-                        "make the damaged shards again with `aromni pretokenize`"
-                    ) from error
-            return None
-
-    def keys(self, row: int) -> list[str]:
-        """Keys of the documents of `row`; a damaged one is named by its place."""
-        found = []
-        for document in self._plan[row]:
-            stored = self._read(int(document))
-            found.append(stored.key if stored else self._mixture.where(int(document)))
-        return found
+Place = tuple[int, int]
+"""Segment, row."""
 
 
 class Batcher:
-    """Writes rows into the arrays of a PackedBatch."""
+    """Writes rows into the arrays of a PackedBatch, documents from the left, padding at the end."""
 
-    def __init__(self, rows: Rows, table_TMR: np.ndarray, vocab: JointVocab, row_length: int) -> None:
-        self._rows = rows
+    def __init__(self, table_TMR: np.ndarray, vocab: JointVocab, row_length: int) -> None:
         self._table_TMR = table_TMR
         self._pad = vocab.pad
         self._row_length = row_length
 
-    def batch(self, rows: Sequence[int | None]) -> PackedBatch:
-        """The rows by index as numpy arrays [len(rows), row_length]; None is a row of padding only."""
+    def batch(self, rows: Sequence[Sequence[StoredExample | None]]) -> PackedBatch:
+        """The documents of each row as numpy arrays [len(rows), row_length].
+
+        A None among them is skipped and what follows moves up; a row without documents is padding.
+        """
         shape = (len(rows), self._row_length)
-        inputs_BL, targets_BL = np.full(shape, self._pad, np.int32), np.full(shape, self._pad, np.int32)
-        segment_ids_BL, positions_BL = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        modality_BL, task_BL = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        loss_weights_BL, perceptual_mask_BL = np.zeros(shape, np.float32), np.zeros(shape, bool)
-        for b, row in enumerate(rows):
-            start = 0
-            for segment, stored in enumerate(self._rows.documents(row) if row is not None else (), 1):
-                if stored is None:
-                    continue  # what follows moves up, and the end of the row stays padding
-                document = to_document(stored, self._table_TMR)
-                place = b, slice(start, start + len(document.inputs_L))
-                inputs_BL[place], targets_BL[place] = document.inputs_L, document.targets_L
-                segment_ids_BL[place] = segment
-                positions_BL[place] = np.arange(len(document.inputs_L))
-                loss_weights_BL[place] = document.loss_weights_L
-                modality_BL[place] = document.modality_L
-                task_BL[place] = document.task
-                perceptual_mask_BL[place] = document.perceptual_mask_L
-                start += len(document.inputs_L)
-        return PackedBatch(
-            inputs_BL=inputs_BL,
-            targets_BL=targets_BL,
-            segment_ids_BL=segment_ids_BL,
-            positions_BL=positions_BL,
-            loss_weights_BL=loss_weights_BL,
-            modality_BL=modality_BL,
-            task_BL=task_BL,
-            perceptual_mask_BL=perceptual_mask_BL,
-        )
+        arrays = {
+            "inputs": np.full(shape, self._pad, np.int32),
+            "targets": np.full(shape, self._pad, np.int32),
+            "segment_ids": np.zeros(shape, np.int32),
+            "positions": np.zeros(shape, np.int32),
+            "loss_weights": np.zeros(shape, np.float32),
+            "modality": np.zeros(shape, np.int32),
+            "task": np.zeros(shape, np.int32),
+            "perceptual_mask": np.zeros(shape, bool),
+        }
+        held = [[(segment, each) for segment, each in enumerate(row, 1) if each is not None] for row in rows]
+        examples = [each for row in held for _, each in row]
+        if examples:
+            flat = to_targets(examples, self._table_TMR)
+            segments = np.array([segment for row in held for segment, _ in row], np.int32)
+            values = {
+                "inputs": flat.inputs_L,
+                "targets": flat.targets_L,
+                "segment_ids": np.repeat(segments, flat.lengths_N),
+                "positions": flat.positions_L,
+                "loss_weights": flat.loss_weights_L,
+                "modality": flat.modality_L,
+                "task": flat.task_L,
+                "perceptual_mask": flat.perceptual_mask_L,
+            }
+            ends = np.concatenate([[0], np.cumsum(flat.lengths_N)])[np.cumsum([0, *(len(row) for row in held)])]
+            for name, array in arrays.items():
+                for b, (start, stop) in enumerate(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)):
+                    array[b, : stop - start] = values[name][start:stop]
+        return PackedBatch(**{f"{name}_BL": array for name, array in arrays.items()})
 
 
 class BatchIterator:
-    """Endless iterator of this process's rows of each global batch, as a PackedBatch of numpy arrays.
+    """Iterator of this process's rows of each global batch, as a PackedBatch of numpy arrays.
 
-    `fingerprint` identifies the stream's rows (data, packing and seed); `statistics` is for logs and reports.
+    It ends where the rows do; the last global batch is then filled up with rows of padding. `fingerprint` identifies
+    the stream's rows (data, mixture, packing and seed); `statistics` is for logs and reports. `mixture` is what a
+    checkpoint of another mixture goes on with, None for rows that are no mixture.
     """
 
     def __init__(
@@ -153,8 +119,7 @@ class BatchIterator:
         rows: Rows,
         batcher: Batcher,
         *,
-        seed: int,
-        shuffle: bool,
+        mixture: Mixture | None = None,
         global_batch_size: int,
         local_rows: np.ndarray,
         num_workers: int,
@@ -164,34 +129,46 @@ class BatchIterator:
         local_rows = np.asarray(local_rows, np.int64)
         if local_rows.size and (local_rows.min() < 0 or local_rows.max() >= global_batch_size):
             raise ValueError(f"local rows {local_rows.tolist()} lie outside a global batch of {global_batch_size} rows")
-        self._rows = rows
         self._batcher = batcher
-        self._seed = seed
-        self._shuffle = shuffle
+        self._mixture = mixture
         self._global_batch_size = global_batch_size
         self._local_rows = local_rows
         self._num_workers = num_workers
         self._prefetch_batches = prefetch_batches
-        self.fingerprint = rows.fingerprint
         self.statistics = statistics
-        self._permutation = functools.lru_cache(maxsize=3)(self._make_permutation)
-        self._base_step = self._base_row = self._num_drawn = 0
+        self._lock = threading.Lock()
+        self._start_from(rows, (0, 0), step=0, num_rows=0)
+
+    def _start_from(self, rows: Rows, place: Place, *, step: int, num_rows: int) -> None:
+        self._rows, self._base = rows, place
+        self._base_step, self._base_row, self._num_drawn = step, num_rows, 0
+        self._ends: list[int] = []
         self._reader: Iterator[PackedBatch] | None = None
 
-    def _make_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(self._rows.num_rows or 0)
+    @property
+    def fingerprint(self) -> str:
+        return self._rows.fingerprint
 
-    def row_at(self, position: int) -> int:
-        """Row of the plan at `position` of the stream: the one place where order is decided."""
-        if self._rows.num_rows is None:
-            return position
-        epoch, offset = divmod(position, self._rows.num_rows)
-        return int(self._permutation(epoch)[offset]) if self._shuffle else offset
+    def place(self, index: int) -> Place | None:
+        """Where row `index` from the start or the last restore stands, None past the end: what decides the order."""
+        segment, skipped = self._base
+        with self._lock:
+            while not self._ends or index >= self._ends[-1]:
+                number = segment + len(self._ends)
+                num_rows = self._rows.num_rows(number)
+                if not num_rows:
+                    return None
+                self._ends.append(self._ends[-1] + num_rows if self._ends else num_rows - skipped)
+            which = bisect.bisect_right(self._ends, index)
+        return segment + which, index - (self._ends[which - 1] if which else -skipped)
 
     def __iter__(self) -> BatchIterator:
         return self
 
     def __next__(self) -> PackedBatch:
+        """The next batch; StopIteration when every row has been drawn."""
+        if self.place(self._num_drawn * self._global_batch_size) is None:
+            raise StopIteration
         if self._reader is None:
             self._reader = self._open_reader()
         batch = next(self._reader)
@@ -200,45 +177,60 @@ class BatchIterator:
 
     def _open_reader(self) -> Iterator[PackedBatch]:
         """Reads ahead in `num_workers` threads (none: in the caller's), which never changes the order."""
-        base_row = self._base_row + self._num_drawn * self._global_batch_size
-        source = _Steps(lambda n: self._local_batch(base_row + n * self._global_batch_size))
+        first = self._num_drawn
+        source = _Steps(lambda n: self._local_batch((first + n) * self._global_batch_size))
         options = grain.ReadOptions(
             num_threads=self._num_workers, prefetch_buffer_size=max(self._prefetch_batches, self._num_workers)
         )
         return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
     def _local_batch(self, first_row: int) -> PackedBatch:
-        return self._batcher.batch([self.row_at(first_row + int(row)) for row in self._local_rows])
+        places = [self.place(first_row + row) for row in self._local_rows.tolist()]
+        return self._batcher.batch([self._rows.documents(*place) if place else () for place in places])
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands after the batches drawn so far: the next step, the next row, the plan."""
+        """Where the stream stands after the batches drawn so far: the next step, segment and row, and what rows they
+        are of."""
+        num_rows = self._num_drawn * self._global_batch_size
+        segment, row = self.place(num_rows) or (self._base[0] + len(self._ends), 0)
         return {
             "next_step": self._base_step + self._num_drawn,
-            "next_row": self._base_row + self._num_drawn * self._global_batch_size,
+            "next_row": self._base_row + num_rows,
+            "segment": segment,
+            "row": row,
             "plan": self.fingerprint,
+            "rows": self._rows.description,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from a `state`, whatever the numbers of processes, threads and rows per batch were then.
+
+        A state of another mixture is gone on from too: its data sets go on where each of them stood.
 
         Raises:
           ValueError: the state belongs to other data, another seed or another sequence length.
         """
+        rows, place = self._rows, (int(state["segment"]), int(state["row"]))
         if state["plan"] != self.fingerprint:
-            raise ValueError(
-                f"the checkpoint was trained on rows of plan {state['plan']}, this run reads plan {self.fingerprint}: "
-                "data set, mixture, seed or sequence_length changed. Go on with the old ones, or start a new workdir "
-                "with init_from"
-            )
-        self._base_step, self._base_row = int(state["next_step"]), int(state["next_row"])
-        self._num_drawn = 0
-        self._reader = None
+            if not isinstance(rows, PlannedRows) or self._mixture is None or not state["rows"]:
+                raise ValueError(
+                    f"the checkpoint was trained on rows of plan {state['plan']}, this run reads plan "
+                    f"{self.fingerprint}: data, seed or sequence_length changed. Set them back, or start a new workdir "
+                    "with init_from"
+                )
+            rows, *place_now = rows.going_on(state, self._mixture)
+            place = (place_now[0], place_now[1])
+        self._start_from(rows, place, step=int(state["next_step"]), num_rows=int(state["next_row"]))
+
+    def shares(self, state: Mapping[str, Any]) -> dict[str, float]:
+        """Share of each data set in the targets drawn up to `state`, since the present mixture began."""
+        return self._rows.shares(int(state["segment"]), int(state["row"]))
 
     def describe_batch(self, step: int) -> list[str]:
         """Keys of the records that step `step` trains on; the first step of a run is step 1."""
-        first_row = self._base_row + (step - 1 - self._base_step) * self._global_batch_size
-        positions = range(max(first_row, 0), first_row + self._global_batch_size)
-        return [key for position in positions for key in self._rows.keys(self.row_at(position))]
+        first_row = (step - 1 - self._base_step) * self._global_batch_size
+        places = [self.place(row) for row in range(max(first_row, 0), first_row + self._global_batch_size)]
+        return [key for place in places if place for key in self._rows.keys(*place)]
 
 
 class _Steps:
@@ -272,53 +264,31 @@ def make_train_iterator(
     Raises:
       ValueError: a data set that cannot be used (see `Mixture`), or a record longer than `sequence_length`.
     """
-    rows: Rows
-    if data.mixture == "synthetic":
-        rows, shares = SyntheticRows(vocab, sequence_length, seed=seed), {}
+    mixture = None if data.mixture == "synthetic" else Mixture(data, vocab)
+    rows: SyntheticRows | PlannedRows
+    if mixture is None:
+        rows = SyntheticRows(vocab, sequence_length, seed=seed)
     else:
-        mixture = Mixture(data, vocab, seed=seed)
-        rows, shares = PlannedRows(mixture, sequence_length, seed=seed), mixture.shares
-    table_TMR = weight_table(loss, rows.counts_TMR)
+        rows = PlannedRows.of(mixture, sequence_length, seed=seed, shuffle=data.shuffle)
+    counts_TMR = (mixture or rows).counts_TMR  # type: ignore[union-attr]
+    table_TMR = weight_table(loss, counts_TMR)
     statistics = {
-        "rows": rows.num_rows,
-        "fill": rows.fill,
-        "target_tokens": int(rows.counts_TMR.sum()),
-        "mixture": shares,
-        **describe_shares(rows.counts_TMR, table_TMR),
+        "fill": rows.fill(),
+        "target_tokens": int(counts_TMR.sum()),
+        "mixture": mixture.shares if mixture else {},
+        **describe_shares(counts_TMR, table_TMR),
     }
-    log.info("rows of %d are %.2f%% full", sequence_length, 100 * rows.fill)
+    log.info("rows of %d are %.2f%% full", sequence_length, 100 * statistics["fill"])
     return BatchIterator(
         rows,
-        Batcher(rows, table_TMR, vocab, sequence_length),
-        seed=seed,
-        shuffle=data.shuffle,
+        Batcher(table_TMR, vocab, sequence_length),
+        mixture=mixture,
         global_batch_size=global_batch_size,
         local_rows=np.arange(global_batch_size) if local_rows is None else local_rows,
         num_workers=data.num_workers,
         prefetch_batches=data.prefetch_batches,
         statistics=statistics,
     )
-
-
-class _ListedRows:
-    """Rows packed from examples in memory."""
-
-    def __init__(self, examples: Sequence[Example], row_length: int) -> None:
-        lengths_N = np.array([len(example.tokens_L) - 1 for example in examples], np.int64)
-        for example, length in zip(examples, lengths_N.tolist(), strict=True):
-            if length > row_length:
-                raise ValueError(f"record {example.key!r} has {length + 1} tokens, a row holds {row_length + 1}")
-        self._stored = [StoredExample.of(example) for example in examples]
-        self._plan = make_plan(lengths_N, row_length, seed=0)
-        self.num_rows = self._plan.num_rows
-        self.fingerprint, self.fill = "", self._plan.fill
-        self.counts_TMR = np.zeros(0)
-
-    def documents(self, row: int) -> list[StoredExample | None]:
-        return [self._stored[document] for document in self._plan[row]]
-
-    def keys(self, row: int) -> list[str]:
-        return [self._stored[document].key for document in self._plan[row]]
 
 
 def load_examples(
@@ -358,9 +328,14 @@ def evaluation_batches(
 
     `table_TMR` gives loss weights (None: every target counts 1, so that sums are plain negative log-likelihoods).
     """
-    rows = _ListedRows(examples, sequence_length)
-    batcher = Batcher(rows, UNIFORM_TMR if table_TMR is None else table_TMR, vocab, sequence_length)
-    local = np.arange(batch_size) if local_rows is None else np.asarray(local_rows)
-    for start in range(0, rows.num_rows, batch_size):
-        positions = [start + int(row) for row in local]
-        yield batcher.batch([position if position < rows.num_rows else None for position in positions])
+    lengths_N = np.array([len(example.tokens_L) - 1 for example in examples], np.int64)
+    for example, length in zip(examples, lengths_N.tolist(), strict=True):
+        if length > sequence_length:
+            raise ValueError(f"record {example.key!r} has {length + 1} tokens, a row holds {sequence_length + 1}")
+    stored = [StoredExample.of(example) for example in examples]
+    plan = make_plan(lengths_N, sequence_length, seed=0)
+    batcher = Batcher(UNIFORM_TMR if table_TMR is None else table_TMR, vocab, sequence_length)
+    local = range(batch_size) if local_rows is None else np.asarray(local_rows).tolist()
+    for start in range(0, plan.num_rows, batch_size):
+        rows = [plan[start + row] if start + row < plan.num_rows else () for row in local]
+        yield batcher.batch([[stored[document] for document in row] for row in rows])

@@ -17,9 +17,9 @@ from aromni_jax.config import DataConfig, LossConfig
 from aromni_jax.structs import Example, Modality, Role, Span
 from aromni_jax.vocab import JointVocab
 from data_pipelines.mixing import Mixture
-from data_pipelines.pipeline import PlannedRows
+from data_pipelines.planned_rows import PlannedRows
 from data_pipelines.records import VOCAB_FILE
-from data_pipelines.weighting import to_document, weight_table
+from data_pipelines.weighting import to_targets, weight_table
 
 if TYPE_CHECKING:
     from aromni_jax.tokenizers.bundle import TokenizerBundle
@@ -57,14 +57,15 @@ class RowView:
             raise ValueError(f"{path} is not a finished data set: it has no {VOCAB_FILE}")
         self.vocab = JointVocab.from_json((path / VOCAB_FILE).read_text())
         data = DataConfig({path.name or "data": {"path": str(path)}}, "examples", 0, 0)
-        mixture = Mixture(data, self.vocab, seed=seed)
-        self.rows = PlannedRows(mixture, sequence_length, seed=seed)
-        if not 0 <= row < self.rows.num_rows:
+        mixture = Mixture(data, self.vocab)
+        self.rows = PlannedRows.of(mixture, sequence_length, seed=seed)
+        self.num_rows = self.rows.num_rows(0)
+        if not 0 <= row < self.num_rows:
             raise ValueError(
-                f"row {row} is not there; sequence_length {sequence_length} gives rows 0..{self.rows.num_rows - 1}"
+                f"row {row} is not there; sequence_length {sequence_length} gives rows 0..{self.num_rows - 1}"
             )
         self.row, self.sequence_length = row, sequence_length
-        self.stored = [stored for stored in self.rows.documents(row) if stored is not None]
+        self.stored = [stored for stored in self.rows.documents(0, row) if stored is not None]
         self.examples = [stored.example for stored in self.stored]
         self.table_TMR = weight_table(loss, mixture.counts_TMR)
         self.bundle = bundle or _load_bundle(path / "tokenizers")
@@ -73,8 +74,8 @@ class RowView:
     def title(self) -> str:
         used = sum(len(example.tokens_L) - 1 for example in self.examples)
         return (
-            f"row {self.row} of {self.rows.num_rows}: {len(self.examples)} documents, {used} of {self.sequence_length} "
-            f"targets ({100 * used / self.sequence_length:.1f}%; all rows {100 * self.rows.fill:.2f}%)"
+            f"row {self.row} of {self.num_rows}: {len(self.examples)} documents, {used} of {self.sequence_length} "
+            f"targets ({100 * used / self.sequence_length:.1f}%; all rows {100 * self.rows.fill():.2f}%)"
         )
 
     def content(self, example: Example, span: Span) -> str:
@@ -97,7 +98,7 @@ class RowView:
         """The table that the command prints."""
         lines = [self.title]
         for number, (stored, example) in enumerate(zip(self.stored, self.examples, strict=True), 1):
-            weight = to_document(stored, self.table_TMR).loss_weights_L.sum()
+            weight = to_targets([stored], self.table_TMR).loss_weights_L.sum()
             lines += ["", f"segment {number}  {example.task.label}  {example.key}  weight {weight:.1f}"]
             lines.append(f"  {'start':>5} {'length':>6}  {'modality':<8} {'role':<10} {'weight':>6}  content")
             for span in example.spans:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ _STARTS, _STRIDES = 10, 5
 _SPEECH_FRAMES = (8, 33)
 _TEXT_TERMS = (3, 25)
 _STATISTICS_ROWS = 16
+_ENDLESS = 2**60
 _TEMPLATES = "quickstart"
 
 
@@ -48,9 +50,9 @@ class _BytesOnRows:
 
 
 class SyntheticRows:
-    """Rows of `row_length` targets for any vocabulary. `num_rows` is None: there is no end and no epoch."""
+    """Rows of `row_length` targets for any vocabulary, all in one segment that does not end."""
 
-    num_rows = None
+    description: dict[str, Any] = {}
 
     def __init__(self, vocab: JointVocab, row_length: int, *, seed: int) -> None:
         self._vocab = vocab
@@ -132,7 +134,11 @@ class SyntheticRows:
         ]
         return Speech(codes_KU=np.stack(codes))
 
-    def documents(self, row: int) -> list[StoredExample]:
+    def num_rows(self, segment: int) -> int:
+        """More than can be read."""
+        return _ENDLESS
+
+    def documents(self, segment: int, row: int) -> list[StoredExample]:
         """The examples of row `row` in their stored form."""
         return [StoredExample.of(example) for example in self.examples(row)]
 
@@ -145,12 +151,15 @@ class SyntheticRows:
                 counts_TMR[example.task] += target_counts_MR(StoredExample.of(example))
         return counts_TMR
 
-    @functools.cached_property
     def fill(self) -> float:
         """Share of row positions that hold a token, over the first rows."""
         tokens = sum(len(example.tokens_L) - 1 for row in range(_STATISTICS_ROWS) for example in self.examples(row))
         return tokens / (_STATISTICS_ROWS * self._row_length)
 
-    def keys(self, row: int) -> list[str]:
+    def keys(self, segment: int, row: int) -> list[str]:
         """Names of the documents of a row."""
         return [example.key for example in self.examples(row)]
+
+    def shares(self, segment: int, row: int) -> dict[str, float]:
+        """Nothing: there are no data sets."""
+        return {}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -78,37 +79,59 @@ def _task_modality_scale(config: LossConfig) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Document:
-    """An example shifted to next-token form; every array has one entry per target (one less than the tokens).
+class Targets:
+    """Examples shifted to next-token form, one after another; every array has one entry per target.
 
-    tokens   0 5 6 2
-    inputs   0 5 6
-    targets  5 6 2     weights, modality and perceptual mask describe these
+    Each example of n tokens has n - 1 targets, so no target crosses from one to the next:
+
+        tokens    0 5 6 2 | 0 7 2
+        inputs    0 5 6     0 7
+        targets   5 6 2     7 2       weights, modality, task and perceptual mask describe these
+        positions 0 1 2     0 1
     """
 
     inputs_L: np.ndarray
     targets_L: np.ndarray
+    positions_L: np.ndarray
     loss_weights_L: np.ndarray
     modality_L: np.ndarray
+    task_L: np.ndarray
     perceptual_mask_L: np.ndarray
-    task: Task
+    lengths_N: np.ndarray
 
 
-def to_document(stored: StoredExample, table_TMR: np.ndarray) -> Document:
-    """Shifts an example and looks its weights up; image codes of positive weight count for perceptual alignment."""
-    tokens_L = stored.tokens_L
-    lengths, modalities, roles = stored.spans_S6[:, 1], stored.spans_S6[:, 2], stored.spans_S6[:, 3]
-    weights_L = np.repeat(table_TMR[stored.task, modalities, roles], lengths)
-    is_code_L = np.zeros(len(tokens_L), bool)
-    for start, length, modality, _, _, part in stored.spans_S6.tolist():
-        if modality == Modality.IMAGE and part >= 0:
-            codes = slice(start + 1, start + length - 1)  # between the begin and the end of the image
-            is_code_L[codes] = weights_L[codes] > 0
-    return Document(
-        inputs_L=tokens_L[:-1],
-        targets_L=tokens_L[1:],
-        loss_weights_L=weights_L[1:],
-        modality_L=np.repeat(modalities, lengths)[1:],
-        perceptual_mask_L=is_code_L[1:],
-        task=stored.task,
+def to_targets(examples: Sequence[StoredExample], table_TMR: np.ndarray) -> Targets:
+    """Shifts `examples` (at least one) and looks their weights up; image codes of positive weight count for perceptual
+    alignment.
+
+    All at once: a row of short documents costs hardly more than one of a single long document.
+    """
+    tokens = np.concatenate([stored.tokens_L for stored in examples])
+    spans_S6 = np.concatenate([stored.spans_S6 for stored in examples])
+    num_tokens_N = np.array([len(stored.tokens_L) for stored in examples])
+    num_spans_N = [len(stored.spans_S6) for stored in examples]
+    tasks_N = np.array([stored.task for stored in examples], np.int32)
+    lengths_S, modality_S, roles_S = spans_S6[:, 1], spans_S6[:, 2], spans_S6[:, 3]
+    weights_S = table_TMR[np.repeat(tasks_N, num_spans_N), modality_S, roles_S]
+    is_picture_S = (modality_S == Modality.IMAGE) & (spans_S6[:, 5] >= 0) & (weights_S > 0)
+    ends_S = np.cumsum(lengths_S)
+    is_code = np.repeat(is_picture_S, lengths_S)
+    # The begin and the end of a picture are not among its codes.
+    is_code[(ends_S - lengths_S)[is_picture_S]] = False
+    is_code[ends_S[is_picture_S] - 1] = False
+    ends_N = np.cumsum(num_tokens_N)
+    is_input, is_target = np.ones(len(tokens), bool), np.ones(len(tokens), bool)
+    is_input[ends_N - 1] = False
+    is_target[ends_N - num_tokens_N] = False
+    lengths_N = num_tokens_N - 1
+    first_N = np.cumsum(lengths_N) - lengths_N
+    return Targets(
+        inputs_L=tokens[is_input],
+        targets_L=tokens[is_target],
+        positions_L=np.arange(lengths_N.sum(), dtype=np.int32) - np.repeat(first_N.astype(np.int32), lengths_N),
+        loss_weights_L=np.repeat(weights_S, lengths_S)[is_target],
+        modality_L=np.repeat(modality_S, lengths_S)[is_target],
+        task_L=np.repeat(tasks_N, lengths_N),
+        perceptual_mask_L=is_code[is_target],
+        lengths_N=lengths_N,
     )

@@ -136,7 +136,6 @@ def run_training(
         restored = checkpointer.restore_latest(wanted, check)
         if restored:
             first_step, state, facts = restored
-            batches.restore(facts.data_position)
             window = MetricsWindow.from_json(facts.metrics_window)
             log.info("going on after step %d of %d in %s", first_step, config.total_steps, path)
         else:
@@ -190,19 +189,17 @@ def run_training(
 def _identity_check(
     path: pathlib.Path, resolved: dict[str, Any], vocab: JointVocab, batches: Batches
 ) -> Callable[[Any], None]:
-    """The check a checkpoint must pass before its arrays are read: same config, same vocabulary, same data."""
+    """The check a checkpoint must pass before its arrays are read: same config, same vocabulary, data that goes on.
+
+    It leaves `batches` where the checkpoint stood.
+    """
     from aromni_jax.train.workdir import check_same_config
 
     def check(facts: Any) -> None:
         for line in check_same_config(facts.config, resolved, path):
             log.info("changed since the last start: %s", line)
         vocab.check_fingerprint(facts.vocab_fingerprint, f"workdir {path}")
-        if facts.data_fingerprint != batches.fingerprint:
-            raise ValueError(
-                f"workdir {path} was trained on data {facts.data_fingerprint}, the data sets of this config are now "
-                f"{batches.fingerprint}: they were made again. Choose another --workdir, with init_from={path} to keep "
-                "the weights"
-            )
+        batches.restore(facts.data_position)
 
     return check
 

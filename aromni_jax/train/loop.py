@@ -34,7 +34,7 @@ MAX_CONSECUTIVE_BAD_STEPS = 100
 
 
 class Batches(Protocol):
-    """Where rows come from: the interface of `data_pipelines.pipeline.BatchIterator`."""
+    """Where rows come from: the interface of `data_pipelines.pipeline.BatchIterator`; it may end."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -44,6 +44,10 @@ class Batches(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def restore(self, state: dict[str, Any]) -> None: ...
+
+    def shares(self, state: dict[str, Any]) -> dict[str, float]:
+        """Share of each data set in the targets drawn up to `state`."""
+        ...
 
     def describe_batch(self, step: int) -> list[str]: ...
 
@@ -88,7 +92,8 @@ class StopRequest:
 
 @dataclasses.dataclass
 class LoopResult:
-    """The state after the last step done, its number, and whether the loop was told to stop before the end."""
+    """The state after the last step done, its number, and whether the loop was told to stop before the end of the data
+    and of the run."""
 
     state: PyTree
     step: int
@@ -96,10 +101,21 @@ class LoopResult:
 
 
 @dataclasses.dataclass
+class _Drawn:
+    """A batch on the devices, the data position after it, and how long it was waited for."""
+
+    batch: PyTree
+    position: dict[str, Any]
+    wait_seconds: float
+
+
+@dataclasses.dataclass
 class _Pending:
     step: int
     metrics: Any
+    position: dict[str, Any]
     wait_seconds: float
+    is_last: bool = False
 
 
 class TrainLoop:
@@ -141,7 +157,8 @@ class TrainLoop:
         self._num_bad_in_a_row = 0
 
     def run(self, state: PyTree, first_step: int) -> LoopResult:
-        """Trains until the end or until asked to stop; a checkpoint of the last step is on disk when it returns.
+        """Trains until the end, of the run or of the data, or until asked to stop; a checkpoint of the last step is on
+        disk when it returns.
 
         Raises:
           ValueError: too many steps in a row were not finite.
@@ -150,26 +167,28 @@ class TrainLoop:
         total = self._config.total_steps
         try:
             with StopRequest() as stop:
-                batch, position, wait_seconds = self._draw()
-                run_step = self._compile(state, batch)
+                drawn = self._draw() if step < total else None
+                run_step = self._compile(state, drawn.batch) if drawn else None
                 for hook in self._hooks:
                     hook.on_start(step, total)
                 self._restart_clock()
-                while step < total and not is_stopping:
-                    state, metrics = run_step(state, batch)
+                while run_step and drawn and not is_stopping:
+                    state, metrics = run_step(state, drawn.batch)
                     step += 1
-                    self._pending.append(_Pending(step, metrics, wait_seconds))
-                    trained_position = position
-                    if step < total:
-                        batch, position, wait_seconds = self._draw()
+                    done = _Pending(step, metrics, drawn.position, drawn.wait_seconds)
+                    self._pending.append(done)
+                    drawn = self._draw() if step < total else None
+                    done.is_last = not drawn
                     self._record(keep=1)
                     is_stopping = stop.agreed(step)
-                    self._after_step(step, state, trained_position, is_last=is_stopping or step == total)
+                    self._after_step(step, state, done.position, is_last=is_stopping or not drawn)
                 self._checkpointer.wait()
+            if step < total and not drawn:
+                log.warning("the data ended after step %d of %d: all its epochs have been read", step, total)
         finally:
             for hook in self._hooks:
                 hook.on_end(step)
-        return LoopResult(state, step, is_interrupted=step < total)
+        return LoopResult(state, step, is_interrupted=drawn is not None)
 
     def _compile(self, state: PyTree, batch: PyTree) -> Callable[[PyTree, PyTree], tuple[PyTree, Any]]:
         start = time.monotonic()
@@ -177,12 +196,14 @@ class TrainLoop:
         log.info("step compiled in %.1f s", time.monotonic() - start)
         return compiled
 
-    def _draw(self) -> tuple[PyTree, dict[str, Any], float]:
-        """The next batch on the devices, the data position after it, and how long it was waited for."""
+    def _draw(self) -> _Drawn | None:
+        """The next batch, or None at the end of the data."""
         start = time.monotonic()
-        local_batch = next(self._batches)  # type: ignore[call-overload]
+        local_batch = next(self._batches, None)  # type: ignore[call-overload]
         wait_seconds = time.monotonic() - start
-        return self._place(local_batch), self._batches.state(), wait_seconds
+        if local_batch is None:
+            return None
+        return _Drawn(self._place(local_batch), self._batches.state(), wait_seconds)
 
     def _after_step(self, step: int, state: PyTree, position: dict[str, Any], *, is_last: bool) -> None:
         config = self._config
@@ -220,12 +241,12 @@ class TrainLoop:
                 self._num_bad_in_a_row = 0
             else:
                 self._report_bad_step(done.step)
-            is_due = done.step % self._config.log_every_steps == 0 or done.step == self._config.total_steps
-            line = self._line(done.step) if is_due else None
+            is_due = done.step % self._config.log_every_steps == 0 or done.is_last
+            line = self._line(done) if is_due else None
             for hook in self._hooks:
                 hook.on_step(done.step, line)
 
-    def _line(self, step: int) -> dict[str, Any]:
+    def _line(self, done: _Pending) -> dict[str, Any]:
         tokens, pairs = self._window.flops_counts
         num_steps = self._num_timed_steps
         # After a resume inside a window it also holds steps that this process did not time.
@@ -233,7 +254,8 @@ class TrainLoop:
         mfu = None
         if self._flops and self._peak_flops:
             mfu = self._flops(tokens, pairs) / (seconds * self._peak_flops)
-        line = self._window.line(step, self._config.loss)
+        line = self._window.line(done.step, self._config.loss)
+        line |= {f"data_share/{name}": share for name, share in self._batches.shares(done.position).items()}
         line |= {
             "tokens_per_second": tokens / seconds,
             "step_seconds": self._step_seconds / num_steps,

@@ -31,6 +31,11 @@ MAY_CHANGE = (
     "eval_every_steps",
     "mesh",
     "checkpoint",
+    "data.mixture",
+    "data.weight_unit",
+    "data.temperature",
+    "data.when_exhausted",
+    "data.epochs",
     "data.num_workers",
     "data.prefetch_batches",
     "data.evaluation",
@@ -41,7 +46,8 @@ MAY_CHANGE = (
     "model.scan_layers",
 )
 """Config keys (with everything below them) that may differ when a run goes on: they say how, how long and how often,
-not what is learned from what. A longer `total_steps` stretches a schedule that decays to the end of the run."""
+not what is learned. A longer `total_steps` stretches a schedule that decays to the end of the run. What a mixture may
+become is for the data to say, which goes on where each data set stood."""
 
 
 def prepare(workdir: str | os.PathLike[str]) -> pathlib.Path:

@@ -82,7 +82,7 @@ def test_the_stream_does_not_depend_on_hosts_threads_or_resume(source: str, data
 
 def test_every_record_is_read_once_an_epoch(data: pathlib.Path) -> None:
     batches = iterator(data, batch=1)
-    num_rows = batches.statistics["rows"]
+    num_rows = batches._rows.num_rows(0)
     epochs = []
     for _ in range(2):
         keys: list[str] = []
@@ -93,7 +93,7 @@ def test_every_record_is_read_once_an_epoch(data: pathlib.Path) -> None:
         assert sorted(keys) == sorted(stored.example.key for stored in TokenDataset(data))
     assert epochs[0] != epochs[1]
     unshuffled = iterator(data, batch=1, shuffle=False)
-    assert [unshuffled.row_at(i) for i in range(num_rows + 1)] == [*range(num_rows), 0]
+    assert [unshuffled.place(i) for i in range(num_rows + 1)] == [*((0, i) for i in range(num_rows)), (1, 0)]
 
 
 def test_a_row_holds_its_documents_and_nothing_crosses_them(data: pathlib.Path) -> None:
@@ -118,7 +118,7 @@ def test_a_row_holds_its_documents_and_nothing_crosses_them(data: pathlib.Path) 
 
 def test_rows_are_full_and_weights_have_mean_one(data: pathlib.Path) -> None:
     batches = iterator(data, batch=1)
-    rows = stack([next(batches) for _ in range(batches.statistics["rows"])])
+    rows = stack([next(batches) for _ in range(batches._rows.num_rows(0))])
     assert (rows["segment_ids_BL"] > 0).mean() == pytest.approx(batches.statistics["fill"])
     assert batches.statistics["fill"] > 0.97
     assert rows["loss_weights_BL"].sum() / (rows["segment_ids_BL"] > 0).sum() == pytest.approx(1, rel=1e-3)
@@ -128,8 +128,12 @@ def test_rows_are_full_and_weights_have_mean_one(data: pathlib.Path) -> None:
 
 def test_state_of_other_data_is_refused(data: pathlib.Path) -> None:
     state = iterator(data).state()
-    for other in (iterator(data, seed=1), iterator(data, length=160), iterator("synthetic")):
-        with pytest.raises(ValueError, match="plan"):
+    for other, message in (
+        (iterator(data, seed=1), "another seed"),
+        (iterator(data, length=160), "another row_length"),
+        (iterator("synthetic"), "plan"),
+    ):
+        with pytest.raises(ValueError, match=message):
             other.restore(state)
 
 
@@ -138,10 +142,10 @@ def test_a_damaged_record_becomes_padding_and_is_named(
 ) -> None:
     data = make_dataset(tmp_path, 90)
     whole_iterator = iterator(data, batch=1)
-    num_rows = whole_iterator.statistics["rows"]
+    num_rows = whole_iterator._rows.num_rows(0)
     whole = [next(whole_iterator) for _ in range(num_rows)]
     path = data / "shard_00000.array_record"
-    monkeypatch.setattr("data_pipelines.pipeline._DAMAGED_ALLOWED_AT_ONCE", 40)
+    monkeypatch.setattr("data_pipelines.planned_rows._DAMAGED_ALLOWED_AT_ONCE", 40)
     damaged = _hurt_one_record(path)
     batches = iterator(data, batch=1)
     found = [next(batches) for _ in range(num_rows)]
@@ -149,8 +153,8 @@ def test_a_damaged_record_becomes_padding_and_is_named(
     assert lost == sum(TokenDataset(data).lengths_N[i] - 1 for i in damaged)
     assert all(b.inputs_BL.shape == (1, LENGTH) for b in found)
     assert f"shard_00000 record {damaged[0]}" in caplog.text and "becomes padding" in caplog.text
-    monkeypatch.setattr("data_pipelines.pipeline._DAMAGED_ALLOWED_AT_ONCE", 0)
-    monkeypatch.setattr("data_pipelines.pipeline.MAX_DAMAGED_SHARE", 0.0)
+    monkeypatch.setattr("data_pipelines.planned_rows._DAMAGED_ALLOWED_AT_ONCE", 0)
+    monkeypatch.setattr("data_pipelines.planned_rows.MAX_DAMAGED_SHARE", 0.0)
     with pytest.raises(ValueError, match="records read are damaged"):
         strict = iterator(data, batch=1)
         for _ in range(num_rows):

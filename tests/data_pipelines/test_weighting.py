@@ -12,7 +12,7 @@ from aromni_jax.tokenizers.prompts import load_templates
 from aromni_jax.tokenizers.text import ByteText
 from aromni_jax.vocab import JointVocab
 from data_pipelines.records import StoredExample
-from data_pipelines.weighting import UNIFORM_TMR, to_document, weight_table
+from data_pipelines.weighting import UNIFORM_TMR, to_targets, weight_table
 
 VOCAB = JointVocab.build(text_size=256, image_codes=16, tokens_per_image=4, speech_codes=(8,))
 
@@ -32,7 +32,7 @@ IMAGE = Image(codes_P=np.array([3, 1, 2, 0]))
 
 def test_shift_by_hand() -> None:
     example = encode(Task.TEXT, Text("ab"))
-    document = to_document(example, UNIFORM_TMR)
+    document = to_targets([example], UNIFORM_TMR)
     a, b = (VOCAB.text.start + ord(c) for c in "ab")
     np.testing.assert_array_equal(document.inputs_L, [VOCAB.bos, a, b])
     np.testing.assert_array_equal(document.targets_L, [a, b, VOCAB.eos])
@@ -41,7 +41,7 @@ def test_shift_by_hand() -> None:
 
 def test_perceptual_mask_is_exactly_the_codes_that_count() -> None:
     example = encode(Task.TEXT_TO_IMAGE, Text("x"), IMAGE)
-    document = to_document(example, UNIFORM_TMR)
+    document = to_targets([example], UNIFORM_TMR)
     assert VOCAB.image
     expected = (document.targets_L >= VOCAB.image.start) & (document.targets_L < VOCAB.image.stop)
     np.testing.assert_array_equal(document.perceptual_mask_L, expected)
@@ -49,7 +49,7 @@ def test_perceptual_mask_is_exactly_the_codes_that_count() -> None:
     np.testing.assert_array_equal(document.modality_L, VOCAB.modality_V[document.targets_L])
 
     table_TMR = weight_table(loss("sft"), np.zeros_like(UNIFORM_TMR))
-    caption = to_document(encode(Task.CAPTION, IMAGE, Text("red")), table_TMR)
+    caption = to_targets([encode(Task.CAPTION, IMAGE, Text("red"))], table_TMR)
     assert not caption.perceptual_mask_L.any()
     np.testing.assert_array_equal(caption.targets_L[caption.loss_weights_L > 0][-1:], [VOCAB.eos])
     assert caption.loss_weights_L.sum() == len("red") + 1
@@ -63,7 +63,7 @@ def test_response_doubles_recognition_and_captions_only() -> None:
         Task.CAPTION: encode(Task.CAPTION, IMAGE, Text("hi")),
         Task.TEXT_TO_IMAGE: encode(Task.TEXT_TO_IMAGE, Text("hi"), IMAGE),
     }.items():
-        document = to_document(example, table_TMR)
+        document = to_targets([example], table_TMR)
         doubled = (example.example.roles_L[1:] == Role.RESPONSE) & (task != Task.TEXT_TO_IMAGE)
         np.testing.assert_array_equal(document.loss_weights_L, np.where(doubled, 2, 1))
 
@@ -89,7 +89,7 @@ def test_sft_counts_responses_and_transcripts() -> None:
     table_TMR = weight_table(loss("sft", transcript_weight=0.25), np.zeros_like(UNIFORM_TMR))
     messages = [Message("user", (Text("q"),)), Message("assistant", (Text("heard", is_transcript=True), Text("ok")))]
     example = joint.encode(messages, Task.CHAT, VOCAB, ByteText(), load_templates("quickstart"))
-    weights_L = to_document(StoredExample.of(example), table_TMR).loss_weights_L
+    weights_L = to_targets([StoredExample.of(example)], table_TMR).loss_weights_L
     expected = {Role.RESPONSE: 1.0, Role.TRANSCRIPT: 0.25, Role.PROMPT: 0.0, Role.CONTROL: 0.0}
     np.testing.assert_array_equal(weights_L, [expected[Role(role)] for role in example.roles_L[1:]])
     assert (weights_L == 0.25).sum() == len("heard")

@@ -89,6 +89,9 @@ class CountedBatches:
     def restore(self, state):
         self.next_step = state["next_step"]
 
+    def shares(self, state):
+        return {}
+
     def describe_batch(self, step):
         return [f"record-{step}"]
 
