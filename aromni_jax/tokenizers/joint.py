@@ -1,12 +1,14 @@
 """The one encoder between conversations and joint tokens, for training and for inference alike.
 
 `encode` turns messages into an `Example`: token ids and the spans that say what each run of them is. `prompt` gives
-the ids an answer is generated from: by construction the very prefix that `encode` puts before that answer. `decode`
-is the inverse of `encode`; `parts_of` reads what a model generated.
+the ids an answer is generated from: by construction the very prefix that `encode` puts before that answer.
+`unconditional_prompt` and `unconditional` are the same two for an answer nobody asked for, which guidance compares
+with. `decode` is the inverse of `encode`; `parts_of` reads what a model generated.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -165,6 +167,31 @@ def prompt(
         else:
             writer.text(piece.value, Role.CONTROL, len(messages), -1)
     return writer.example(task, key)
+
+
+def unconditional_prompt(vocab: JointVocab) -> np.ndarray:
+    """int32 ids that an answer nobody asked for is generated from: the beginning of sequence alone."""
+    return np.array([vocab.bos], np.int32)
+
+
+def unconditional(example: Example, vocab: JointVocab, key: str = "") -> Example | None:
+    """The last answer of an encoded conversation as nobody asked for it; None where it has no answer.
+
+    Its ids are those of `unconditional_prompt` and then those that follow `prompt`, the end of the answer included.
+    """
+    last = max((span.message for span in example.spans), default=-1)
+    answering = (Role.RESPONSE, Role.TRANSCRIPT)
+    starts = [i for i, span in enumerate(example.spans) if span.message == last and span.role in answering]
+    if not starts:
+        return None
+    answer = example.spans[starts[0] :]
+    opening = unconditional_prompt(vocab)
+    moved = len(opening) - answer[0].start
+    spans = (
+        Span(0, len(opening), Modality.TEXT, Role.CONTROL, -1, -1),
+        *(dataclasses.replace(span, start=span.start + moved) for span in answer),
+    )
+    return Example(np.concatenate([opening, example.tokens_L[answer[0].start :]]), spans, example.task, key)
 
 
 def decode(example: Example, vocab: JointVocab, text_tokenizer: TextTokenizer) -> list[Message]:

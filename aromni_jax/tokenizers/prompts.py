@@ -1,7 +1,8 @@
 """Prompt templates as data: which literals, control tokens and parts a turn of each task is made of, in which order.
 
-A template file is JSON: for every task the pieces of a user turn and of an assistant turn, and what ends the
-conversation. A piece is one of
+A template file is JSON: for every task its instruction, the pieces of a user turn and of an assistant turn, and what
+ends the conversation. An instruction may be a list of wordings: pre-tokenizing draws one for each record, inference
+uses the first. A piece is one of
 
     "<name>"          a control token of the vocabulary (`aromni_jax.vocab.SPECIALS`)
     "{instruction}"   the task's instruction (the file's, unless the caller gives another)
@@ -9,8 +10,9 @@ conversation. A piece is one of
     "{text*}"         all parts of that kind, in their order, or none
     anything else     literal text
 
-Three sets are shipped: `quickstart` (short, for small models), `official-v0.1` (what the released weights were
-trained on; METHOD section 3) and `paper` (table 10 of arXiv 2601.17761). The path of a JSON file is as good.
+Four sets are shipped: `quickstart` (short, for small models), `official-v0.1` (what the released weights were trained
+on; METHOD section 3), `paper` (table 10 of arXiv 2601.17761) and `varied-v1` (eight wordings of every instruction).
+The path of a JSON file is as good.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import re
 from aromni_jax.structs import Task
 from aromni_jax.vocab import SPECIALS
 
-SHIPPED = ("quickstart", "official-v0.1", "paper")
+SHIPPED = ("quickstart", "official-v0.1", "paper", "varied-v1")
 _SLOT = re.compile(r"\{(text|image|speech|transcript)(\*?)\}")
 
 
@@ -42,12 +44,20 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class TaskTemplate:
-    """Pieces of the turns of one task; `end` closes the conversation after its last assistant turn."""
+    """Pieces of the turns of one task; `end` closes the conversation after its last assistant turn.
 
-    instruction: str
+    `instructions` say the same in other words: training may use any of them, a prompt uses the first.
+    """
+
+    instructions: tuple[str, ...]
     user: tuple[Piece, ...]
     assistant: tuple[Piece, ...]
     end: tuple[Piece, ...]
+
+    @property
+    def instruction(self) -> str:
+        """The wording of prompts; "" where the task has none."""
+        return self.instructions[0] if self.instructions else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +92,15 @@ def _parse_piece(text: str, where: str) -> Piece:
     return Piece("literal", text)
 
 
+def _parse_instructions(raw: object, where: str) -> tuple[str, ...]:
+    wordings = [raw] if isinstance(raw, str) else raw
+    if not isinstance(wordings, list) or not wordings or not all(isinstance(wording, str) for wording in wordings):
+        raise ValueError(f"{where}: the instruction is {raw!r}; give a string, or a list of strings that is not empty")
+    if len(set(wordings)) < len(wordings):
+        raise ValueError(f"{where}: an instruction stands twice in {wordings!r}; give each wording once")
+    return tuple(wordings)
+
+
 def parse_templates(text: str, where: str) -> Templates:
     """Templates from the JSON `text`; ValueError names `where` and what is wrong."""
     try:
@@ -91,7 +110,7 @@ def parse_templates(text: str, where: str) -> Templates:
             place = f"{where}, task {label!r}"
             turns = {role: tuple(_parse_piece(p, place) for p in pieces) for role, pieces in body["turns"].items()}
             tasks[Task.from_name(label)] = TaskTemplate(
-                body.get("instruction", ""),
+                _parse_instructions(body.get("instruction", ""), place),
                 turns.get("user", ()),
                 turns["assistant"],
                 tuple(_parse_piece(p, place) for p in body["end"]),
