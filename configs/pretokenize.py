@@ -32,9 +32,21 @@ def get_config(variant: str = "train") -> ConfigDict:
             templates="quickstart",
             records_per_shard=4096,
             media_batch_size=64,
-            max_tokens=0,
-            too_long="drop",
+            min_tokens=0,
+            max_tokens=0,  # 0: no limit
+            too_long="drop",  # or error; truncate_text and split_text cut plain text and drop what is more than text
             max_bad_fraction=0.01,
+            seed=0,  # of what is drawn for each record: wording of the instruction, noise, room, unconditional copies
+            unconditional_fraction=0.0,  # pictures that are stored without their prompt as well, for guidance
+            augmentation=dict(  # of speech in user turns only
+                noise_fraction=0.0,
+                noise="",  # a folder of recordings, DEMAND for instance; "" for white, pink and brown noise
+                snr_db=(0.0, 20.0),
+                room_fraction=0.0,
+                room="",  # a folder of impulse responses; "" for generated ones
+                rt60_seconds=(0.2, 0.8),
+                copies="replace",  # or beside: the clean record stays
+            ),
         ),
         type_safe=True,
     )

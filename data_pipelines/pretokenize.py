@@ -7,7 +7,6 @@ again from nothing. Who makes it does not matter, so process i of n takes shards
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -16,59 +15,24 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-import numpy as np
 
-from aromni_jax.structs import Example, Image, Message, Part, Speech
-from aromni_jax.tokenizers import joint
 from aromni_jax.tokenizers.bundle import TokenizerBundle
-from aromni_jax.tokenizers.prompts import Templates, load_templates
+from aromni_jax.tokenizers.prompts import load_templates
 from aromni_jax.vocab import JointVocab
 from data_pipelines import records
-from data_pipelines.records import StoredExample, read_marker, shard_name, write_atomically, write_shard
-from data_pipelines.released import TokenizedDocument
+from data_pipelines.conversation_encoder import ConversationEncoder
+from data_pipelines.length_limits import CHOSEN_STAGES
+from data_pipelines.pretokenize_config import PretokenizeConfig
+from data_pipelines.records import read_marker, shard_name, write_atomically, write_shard
 from data_pipelines.source_kinds import open_source
-from data_pipelines.sources import Conversation, MediaFile, RecordError, check_complete
+from data_pipelines.sources import RecordError
 
 _STALE_SECONDS = 24 * 3600
 QUARANTINE_FILE = "quarantine.jsonl"
-
-
-@dataclasses.dataclass(frozen=True)
-class PretokenizeConfig:
-    """What becomes a data set.
-
-    `source` is a JSONL manifest or `kind:path` (see `source_kinds`), `split` the part of it to take ("" for all),
-    `heldout_fraction` the share of groups that is held out where records name no split, `tasks` what is made of a
-    record that can teach several (names with commas between; "" for all), `columns` where a table holds what
-    (`tables.TableSource`). `tokenizers` is a saved TokenizerBundle, or a directory of its parts. A conversation of more
-    than `max_tokens` tokens (0: no limit) is dropped and counted, or an error, as `too_long` says. Records that cannot
-    be used go to the quarantine file with the reason; more than `max_bad_fraction` of them stop the run.
-    `media_batch_size` files for each device of a tokenizer are read, and then encoded, at a time.
-    """
-
-    source: str
-    split: str
-    tokenizers: str
-    templates: str
-    heldout_fraction: float = 0.0
-    tasks: str = ""
-    records_per_shard: int = 4096
-    media_batch_size: int = 64
-    max_tokens: int = 0
-    too_long: Literal["drop", "error"] = "drop"
-    max_bad_fraction: float = 0.01
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("records_per_shard", "media_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config key '{name}': must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"config key 'max_bad_fraction': must be in 0..1, not {self.max_bad_fraction}")
 
 
 Progress = Callable[[dict[str, Any]], None]
@@ -117,21 +81,17 @@ class _Job:
             columns=config.columns,
         )
         self.bundle, self.vocab = _opened(config.tokenizers) if bundle is None else (bundle, bundle.vocab())
-        self.templates: Templates = load_templates(config.templates)
+        templates = load_templates(config.templates)
+        self.encoder = ConversationEncoder(config, self.bundle, self.vocab, templates)
         self.num_units = -(-len(self.source) // config.records_per_shard)
         # Where things lie and how many are encoded at once does not change a shard; everything else does. Tasks and
         # columns are in the fingerprint of the source.
-        settings = {
-            name: value
-            for name, value in dataclasses.asdict(config).items()
-            if name
-            not in ("source", "tasks", "columns", "tokenizers", "templates", "media_batch_size", "max_bad_fraction")
-        }
         self.description: dict[str, Any] = {
             "source": {"name": self.source.path.name, "fingerprint": self.source.fingerprint},
-            "templates": {"name": self.templates.name, "fingerprint": self.templates.fingerprint},
+            "templates": {"name": templates.name, "fingerprint": templates.fingerprint},
             "tokenizers": dict(sorted(self.bundle.fingerprints.items())),
-            "settings": settings,
+            "settings": config.settings_of_shards,
+            **self.encoder.description,
         }
         identity = {"format_version": records.FORMAT_VERSION, "vocab": self.vocab.fingerprint, **self.description}
         self.run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -190,18 +150,16 @@ class _Job:
             try:
                 conversations.append((record, self.source[record]))
             except RecordError as error:
-                quarantine.append(self._rejection(record, "", error))
-        codes, failures = self._encode_media([conversation for _, conversation in conversations], report)
+                quarantine.append(self._line(record, "", error))
         examples = []
-        for record, conversation in conversations:
-            try:
-                examples.append(self._encode(conversation, codes, failures))
-            except RecordError as error:
-                quarantine.append(self._rejection(record, conversation.key, error))
+        results = self.encoder.documents([conversation for _, conversation in conversations], report)
+        for (record, conversation), result in zip(conversations, results, strict=True):
+            examples += result.documents
+            quarantine += [self._line(record, conversation.key, remark) for remark in result.remarks]
         quarantine.sort(key=lambda line: line["record"])
         reasons = Counter(line["stage"] for line in quarantine)
         if _num_bad(reasons) > allowed_bad:
-            first = next(line for line in quarantine if line["stage"] != "length")
+            first = next(line for line in quarantine if line["stage"] not in CHOSEN_STAGES)
             raise ValueError(
                 f"too many bad records: {_num_bad(reasons)} in {shard_name(index)}, more than max_bad_fraction "
                 f"{self.config.max_bad_fraction} of this worker's records; the first: {first['error']}"
@@ -224,84 +182,9 @@ class _Job:
         )
         return quarantine
 
-    def _rejection(self, record: int, key: str, error: RecordError) -> dict[str, Any]:
+    def _line(self, record: int, key: str, error: RecordError) -> dict[str, Any]:
         where = self.source.where(record)
         return {"record": record, "where": where, "key": key, "stage": error.stage, "error": str(error)}
-
-    def _encode_media(
-        self, conversations: Sequence[Conversation], report: Callable[[float], None]
-    ) -> tuple[dict[MediaFile, np.ndarray], dict[MediaFile, RecordError]]:
-        """Codes of every file the conversations name, each file encoded once; what does not decode becomes an error."""
-        files = list(dict.fromkeys(file for conversation in conversations for file in conversation.media()))
-        codes: dict[MediaFile, np.ndarray] = {}
-        failures: dict[MediaFile, RecordError] = {}
-        for kind in ("image", "speech"):
-            wanted = [file for file in files if file.kind == kind]
-            tokenizer = self.bundle.image if kind == "image" else self.bundle.speech
-            num_devices = tokenizer.num_devices if tokenizer else 1
-            for batch in _chunks(wanted, self.config.media_batch_size * num_devices):
-                prepared: dict[MediaFile, np.ndarray] = {}
-                for file in batch:
-                    try:
-                        prepared[file] = self._prepare(file)
-                    except RecordError as error:
-                        failures[file] = error
-                if prepared:
-                    codes.update(zip(prepared, self._codes_of(kind, list(prepared.values())), strict=True))
-                report((len(codes) + len(failures)) / len(files))
-        return codes, failures
-
-    def _prepare(self, file: MediaFile) -> np.ndarray:
-        tokenizer = self.bundle.image if file.kind == "image" else self.bundle.speech
-        if tokenizer is None:
-            raise RecordError("media", f"the tokenizers have none for {file.kind}, which {file} needs")
-        try:
-            with file.on_disk() as path:
-                check_complete(MediaFile(file.kind, path))
-                return tokenizer.prepare(path)
-        except RecordError:
-            raise
-        except (ValueError, OSError) as error:
-            raise RecordError("media", str(error)) from error
-
-    def _codes_of(self, kind: str, prepared: list[np.ndarray]) -> Sequence[np.ndarray]:
-        if kind == "image":
-            assert self.bundle.image
-            return list(self.bundle.image.encode(np.stack(prepared)))
-        assert self.bundle.speech
-        return self.bundle.speech.encode(prepared)
-
-    def _encode(
-        self, conversation: Conversation, codes: dict[MediaFile, np.ndarray], failures: dict[MediaFile, RecordError]
-    ) -> StoredExample:
-        for file in conversation.media():
-            if file in failures:
-                raise failures[file]
-
-        def with_codes(part: Any) -> Part:
-            if not isinstance(part, MediaFile):
-                return part
-            return Image(codes_P=codes[part]) if part.kind == "image" else Speech(codes_KU=codes[part])
-
-        if isinstance(conversation, TokenizedDocument):
-            return self._limited(conversation.example(self.vocab), conversation)
-        messages = [Message(m.role, tuple(with_codes(part) for part in m.parts)) for m in conversation.messages]
-        try:
-            example = joint.encode(
-                messages, conversation.task, self.vocab, self.bundle.text, self.templates, key=conversation.key
-            )
-        except ValueError as error:
-            raise RecordError("encode", f"{conversation.key}: {error}") from error
-        return self._limited(example, conversation)
-
-    def _limited(self, example: Example, conversation: Conversation) -> StoredExample:
-        num_tokens, limit = len(example.tokens_L), self.config.max_tokens
-        if limit and num_tokens > limit:
-            message = f"{conversation.key} has {num_tokens} tokens, more than max_tokens {limit}"
-            if self.config.too_long == "error":
-                raise ValueError(f"{message}; raise max_tokens or set too_long='drop'")
-            raise RecordError("length", message)
-        return StoredExample.of(example, conversation.facts)
 
     def finalize(self) -> None:
         """Writes what makes the shards a data set; several processes may do so at once, with the same result."""
@@ -351,12 +234,8 @@ def _opened(tokenizers: str) -> tuple[TokenizerBundle, JointVocab]:
 
 
 def _num_bad(quarantined: dict[str, int] | Counter[str]) -> int:
-    """Records that could not be used; those left out for their length were dropped by choice."""
-    return sum(count for stage, count in quarantined.items() if stage != "length")
-
-
-def _chunks(items: Sequence[MediaFile], size: int) -> Iterator[Sequence[MediaFile]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+    """Records that could not be used; those left out or cut for their length were so by choice."""
+    return sum(count for stage, count in quarantined.items() if stage not in CHOSEN_STAGES)
 
 
 def _is_alive(process_id: int) -> bool:
