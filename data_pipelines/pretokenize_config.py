@@ -30,7 +30,8 @@ class PretokenizeConfig:
     becomes several ("split_text"), and any other is left out. All of them are counted and named with the reason.
 
     Draws depend on `seed` and the key of a record. `unconditional_fraction` of the records whose answer is a picture
-    that words or speech ask for is stored a second time without the question, which is what guidance compares with.
+    that words or speech ask for is stored a second time without the question, which is what guidance compares with;
+    `min_tokens` is about the first.
     """
 
     source: str

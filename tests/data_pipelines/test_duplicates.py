@@ -12,7 +12,7 @@ import pytest
 from aromni_jax.structs import Image, Message, Task, Text
 from aromni_jax.tokenizers import joint
 from aromni_jax.tokenizers.prompts import load_templates
-from data_pipelines.duplicates import counts_of_kept, first_copies
+from data_pipelines.duplicates import first_copies, open_dataset
 from data_pipelines.pretokenize import pretokenize
 from data_pipelines.records import StoredExample, TokenDataset, content_hash, sealed, target_counts_MR, unsealed
 from tests.fixtures.data_fakes import config_for, fake_bundle, make_dataset, write_corpus
@@ -80,10 +80,37 @@ def test_stored_hashes_do_not_depend_on_the_workers(tmp_path: pathlib.Path) -> N
         identity = int(stored.task), stored.tokens_L.tobytes()
         assert kept == (identity not in seen)
         seen.add(identity)
-    expected = np.zeros_like(one.counts_TMR)
-    for index in np.flatnonzero(kept_N).tolist():
-        expected[one.tasks_N[index]] += target_counts_MR(one[index])
-    np.testing.assert_array_equal(counts_of_kept(one, kept_N), expected)
+
+
+def test_a_data_set_without_its_copies_is_one_like_any_other(tmp_path: pathlib.Path) -> None:
+    manifest = write_corpus(tmp_path / "corpus", 30)
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([*lines[:20], *lines[3:9], *lines[20:]]) + "\n")
+    assert pretokenize(config_for(manifest, records_per_shard=8), tmp_path / "data", bundle=BUNDLE)
+    whole, kept = open_dataset(tmp_path / "data", VOCAB), open_dataset(tmp_path / "data", VOCAB, duplicates="drop")
+    (kept_N,) = first_copies([whole.hashes_N])
+    assert len(whole) == 36 and len(kept) == kept_N.sum() == len(set(whole.hashes_N.tolist())) <= 30
+    expected = [stored for stored, is_first in zip(whole, kept_N, strict=True) if is_first]
+    assert [stored.key for stored in kept] == [stored.key for stored in expected]
+    assert kept.lengths_N.tolist() == [len(stored.tokens_L) for stored in kept]
+    assert kept.tasks_N.tolist() == [stored.task for stored in kept]
+    assert kept.hashes_N.tolist() == [content_hash(stored) for stored in kept]
+    counts_TMR, unigram_V = np.zeros_like(whole.counts_TMR), np.zeros_like(whole.unigram_V)
+    for stored in expected:
+        counts_TMR[stored.task] += target_counts_MR(stored)
+        np.add.at(unigram_V, stored.tokens_L[1:], 1)
+    np.testing.assert_array_equal(kept.counts_TMR, counts_TMR)
+    np.testing.assert_array_equal(kept.unigram_V, unigram_V)
+    last = len(kept) - 1
+    assert kept.where(last) == whole.where(35)
+    with pytest.raises(IndexError):
+        kept[last + 1]
+    again = open_dataset(tmp_path / "data", duplicates="drop")
+    assert kept.fingerprint == again.fingerprint != whole.fingerprint and int(kept.fingerprint, 16)
+    manifest.write_text("\n".join(lines[:3]) + "\n")
+    assert pretokenize(config_for(manifest), tmp_path / "no copies", bundle=BUNDLE)
+    alone = [open_dataset(tmp_path / "no copies", duplicates=choice) for choice in ("keep", "drop")]  # type: ignore[arg-type]
+    assert alone[0].fingerprint == alone[1].fingerprint
 
 
 def test_a_data_set_from_before_hashes_opens_and_says_what_it_lacks(tmp_path: pathlib.Path) -> None:
