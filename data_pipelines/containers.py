@@ -152,6 +152,10 @@ class WebDatasetSource(Source):
                                 yield stem
                             stem = _Stem(path, folder + slash + name, {})
                         stem.members[f".{suffix.lower()}"] = (member.offset_data, member.size)
+                    # A tar that is cut between two members reads well, but for the block of zeros that tars end with.
+                    file.seek(tar.offset)
+                    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                        raise tarfile.ReadError("the mark of its end is missing")
             except (tarfile.TarError, OSError) as error:
                 raise ValueError(
                     f"{path} is no whole, uncompressed tar ({error}); decompress or fetch it again"

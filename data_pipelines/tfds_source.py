@@ -88,11 +88,13 @@ class BuilderReader:
             found = reader.num_records()
             reader.close()
         except (RuntimeError, ValueError, OSError) as error:
-            raise ValueError(f"{shard.path} does not open ({error}); fetch or prepare the builder again") from error
+            found, said = 0, f": {error}" if str(error) else ""
+        else:
+            said = ""
         if found != shard.num_records:
             raise ValueError(
-                f"{shard.path} is cut short: {found} of {shard.num_records} records are found; fetch or prepare the "
-                "builder again"
+                f"{shard.path} is missing, cut short or damaged, {found} of {shard.num_records} records can be "
+                f"found{said}; fetch or prepare the builder again"
             )
 
     def choose(self, names: Iterable[str]) -> None:

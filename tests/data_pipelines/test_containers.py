@@ -95,21 +95,8 @@ def test_a_missing_library_is_said_with_its_remedy(tmp_path: pathlib.Path, monke
         open_source(f"text:{tmp_path}")
 
 
-def pictures_in_tars(root: pathlib.Path, num_shards: int = 2) -> pathlib.Path:
-    """Shards as the library that people use for them writes them; the last sample's caption is in its JSON."""
-    webdataset = pytest.importorskip("webdataset")
-    root.mkdir()
-    for shard in range(num_shards):
-        with webdataset.TarWriter(str(root / f"part-{shard:03d}.tar")) as writer:
-            for i in range(4):
-                pixels = np.full((16, 16, 3), 10 * (4 * shard + i), np.uint8)
-                caption = {"txt": f"shade {shard} {i}"} if i < 3 else {"json": {"caption": f"shade {shard} 3"}}
-                writer.write({"__key__": f"{shard:03d}/s{i}", "png": pixels, **caption})
-    return root
-
-
 def test_tars_are_read_at_random_and_by_pretokenize(tmp_path: pathlib.Path) -> None:
-    root = pictures_in_tars(tmp_path / "tars")
+    root = made.pictures_in_tars(tmp_path / "tars")
     source = open_source(f"webdataset:{root}/part-*.tar")
     assert source.tasks == (Task.CAPTION, Task.TEXT_TO_IMAGE) and len(source) == 16
     assert texts(source)[::2] == [f"shade {shard} {i}" for shard in range(2) for i in range(4)]
@@ -128,7 +115,7 @@ def test_tars_are_read_at_random_and_by_pretokenize(tmp_path: pathlib.Path) -> N
 
 def test_a_new_tar_moves_no_sample(tmp_path: pathlib.Path) -> None:
     def heldout(num_shards: int) -> set[str]:
-        root = pictures_in_tars(tmp_path / str(num_shards), num_shards)
+        root = made.pictures_in_tars(tmp_path / str(num_shards), num_shards)
         return set(texts(open_source(f"webdataset:{root}", split="heldout", heldout_fraction=0.4)))
 
     few, many = heldout(3), heldout(5)
@@ -136,7 +123,7 @@ def test_a_new_tar_moves_no_sample(tmp_path: pathlib.Path) -> None:
 
 
 def test_damaged_tars_and_samples(tmp_path: pathlib.Path) -> None:
-    root = pictures_in_tars(tmp_path / "tars", 1)
+    root = made.pictures_in_tars(tmp_path / "tars", 1)
     path = root / "part-000.tar"
     whole = path.read_bytes()
     with tarfile.open(path) as tar:

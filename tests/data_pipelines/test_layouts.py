@@ -23,7 +23,7 @@ LAYOUTS: dict[str, tuple[Callable[[pathlib.Path], pathlib.Path], int, tuple[Task
     "ljspeech": (made.ljspeech, 3, SPEECH, "Doctor LJ001-0001", "wavs/LJ001-0001.wav"),
     "librispeech": (made.librispeech, 6, SPEECH, "WORDS OF 1272-7-0000", "1272/7/1272-7-0000.flac"),
     "vctk": (made.vctk, 4, SPEECH, "Sentence 1.", "wav48_silence_trimmed/p225/p225_001_mic1.flac"),
-    "common_voice": (made.common_voice, 6, SPEECH, 'He said "0".', "clips/common_voice_en_0.flac"),
+    "common_voice": (made.common_voice, 6, SPEECH, 'He said "0".', "clips/common_voice_en_0.mp3"),
     "coco": (made.coco, 4, PICTURES, "Caption 0.", "val2017/000000000009.jpg"),
     "image_folder": (made.image_folder, 3, PICTURES, "the first", "a/one.png"),
 }

@@ -8,61 +8,22 @@ import pathlib
 import numpy as np
 import pytest
 
-from aromni_jax.structs import Example, Image, Message, Role, Speech, Task, Text
+from aromni_jax.structs import Example, Role, Text
 from aromni_jax.tokenizers import joint
-from aromni_jax.tokenizers.bundle import TokenizerBundle
-from aromni_jax.tokenizers.prompts import load_templates
-from aromni_jax.vocab import JointVocab
 from data_pipelines.pretokenize import pretokenize
 from data_pipelines.records import TokenDataset
 from data_pipelines.source_kinds import open_source
 from tests.fixtures.data_fakes import config_for, fake_bundle
-
-VOCAB = JointVocab.released()
-
-
-class LettersText:
-    """Letters as rows of the released layout."""
-
-    def encode(self, text: str) -> list[int]:
-        return [VOCAB.text.start + ord(letter) for letter in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(i - VOCAB.text.start) for i in ids)
-
-
-def released_bundle() -> TokenizerBundle:
-    bundle = fake_bundle()
-    object.__setattr__(bundle, "vocab", lambda: JointVocab.released(bundle.fingerprints))
-    return bundle
-
-
-def encoded(task: Task, *turns: tuple) -> Example:
-    roles = ("user", "assistant") if len(turns) > 1 else ("assistant",)
-    messages = [Message(roles[i % len(roles)], parts) for i, parts in enumerate(turns)]
-    return joint.encode(messages, task, VOCAB, LettersText(), load_templates("official-v0.1"))  # type: ignore[arg-type]
-
-
-PICTURE, SOUND = Image(codes_P=np.arange(1024)), Speech(codes_KU=np.arange(7)[None])
-STAGE_1 = {
-    "image_caption": encoded(Task.CAPTION, (PICTURE,), (Text("a cat"),)),
-    "speech_to_text": encoded(Task.SPEECH_TO_TEXT, (SOUND,), (Text("hello"),)),
-    "text_to_image": encoded(Task.TEXT_TO_IMAGE, (Text("a cat"),), (PICTURE,)),
-    "text_to_speech": encoded(Task.TEXT_TO_SPEECH, (Text("hello"),), (SOUND,)),
-    "text_to_text": encoded(Task.TEXT, (Text("once upon a time"),)),
-}
-CHAT = encoded(
-    Task.CHAT,
-    (SOUND,),
-    (Text("hi", is_transcript=True), Text("hello"), SOUND),
-    (PICTURE, Text("what?")),
-    (Text("a cat"),),
+from tests.fixtures.released_documents import (
+    CHAT,
+    STAGE_1,
+    VOCAB,
+    LettersText,
+    chat_columns,
+    line,
+    released_bundle,
+    write_lines,
 )
-
-
-def line(task: str, example: Example) -> dict:
-    answer = [int(t) for s in example.spans if s.role == Role.RESPONSE for t in example.tokens_L[s.start :][: s.length]]
-    return {"id": task, "task": task, "discrete_code": example.tokens_L.tolist(), "response": answer[:-1]}
 
 
 def same_facts(found: Example, expected: Example) -> None:
@@ -82,8 +43,7 @@ def same_facts(found: Example, expected: Example) -> None:
 
 
 def test_tokenized_lines_become_the_records_our_encoder_makes(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "shard.jsonl"
-    path.write_text("".join(json.dumps(line(task, example)) + "\n" for task, example in STAGE_1.items()))
+    path = write_lines(tmp_path / "shard.jsonl")
     config = config_for(pathlib.Path(f"released_jsonl:{path}"), split="")
     assert pretokenize(config, tmp_path / "data", bundle=released_bundle())
     stored = list(TokenDataset(tmp_path / "data"))
@@ -133,8 +93,7 @@ def test_bad_documents_are_quarantined(tmp_path: pathlib.Path) -> None:
 def test_instruction_tables_become_chat_records(tmp_path: pathlib.Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    learned = np.isin(CHAT.roles_L, (Role.RESPONSE, Role.TRANSCRIPT))
-    ids, labels = CHAT.tokens_L.tolist(), np.where(learned, CHAT.tokens_L, -100).tolist()
+    ids, labels = chat_columns()
     content = {"input_ids": [ids, ids, ids[:9]], "labels": [labels, [7, *labels[1:]], labels]}
     parquet.write_table(pyarrow.table(content), tmp_path / "sft.parquet", row_group_size=2)
     config = config_for(pathlib.Path(f"released_parquet:{tmp_path}"), split="", max_bad_fraction=1.0)

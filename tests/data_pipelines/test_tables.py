@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
-from typing import Any
 
 import pytest
 
@@ -19,36 +18,12 @@ from tests.fixtures import published_layouts as made
 from tests.fixtures.data_fakes import config_for, fake_bundle
 
 pyarrow = pytest.importorskip("pyarrow")
-pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
 COLUMNS = {"text": "caption", "image": "jpg", "key": "id"}
-
-
-def table(root: pathlib.Path, num: int = 6) -> Any:
-    """Pictures in turn as structs of bytes and as structs of a path."""
-    rows: dict[str, list] = {"id": [], "caption": [], "jpg": [], "other": []}
-    for i in range(num):
-        made.picture(root / f"{i}.png", 30 * i)
-        content = (root / f"{i}.png").read_bytes()
-        cell = {"bytes": content, "path": None} if i % 2 else {"bytes": None, "path": f"{i}.png"}
-        for name, value in zip(rows, (f"k{i}", f"shade {i}", cell, i), strict=True):
-            rows[name].append(value)
-    return pyarrow.table(rows)
-
-
-def write(path: pathlib.Path, content: Any) -> pathlib.Path:
-    """Groups of two rows each, in the format of the suffix; `.arrow` as a file, `.feather` as the stream format."""
-    if path.suffix == ".parquet":
-        pyarrow_parquet.write_table(content, path, row_group_size=2)
-    else:
-        make = pyarrow.ipc.new_file if path.suffix == ".arrow" else pyarrow.ipc.new_stream
-        with make(str(path), content.schema) as writer:
-            writer.write_table(content, max_chunksize=2)
-    return path
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
 def test_tables_become_records(suffix: str, tmp_path: pathlib.Path) -> None:
-    path = write(tmp_path / f"a{suffix}", table(tmp_path))
+    path = made.write_table(tmp_path / f"a{suffix}", made.table_of_pictures(tmp_path))
     source = open_source(f"table:{tmp_path}", columns=COLUMNS)
     assert source.tasks == (Task.CAPTION, Task.TEXT_TO_IMAGE) and len(source) == 12
     assert [source[i].key for i in (11, 0, 5)] == ["text_to_image/k5", "caption/k0", "text_to_image/k2"]
@@ -66,7 +41,7 @@ def test_columns_choose_what_is_read(tmp_path: pathlib.Path) -> None:
     content = pyarrow.table(
         {"t": ["same", "other", "same", None], "wav": ["1.wav", "2.wav", "3.wav", "4.wav"], "who": ["a", "b", "a", "c"]}
     )
-    path = write(tmp_path / "a.parquet", content)
+    path = made.write_table(tmp_path / "a.parquet", content)
     text = open_source(f"table:{path}", columns={"text": "t"})
     assert text.tasks == (Task.TEXT,) and text[0].key == "text/a.parquet row 0"
     with pytest.raises(RecordError, match="a.parquet row 3: the column t holds NoneType, no text"):
@@ -84,14 +59,14 @@ def test_new_files_move_no_row_and_equal_texts_are_not_split(tmp_path: pathlib.P
             open_source(f"table:{tmp_path}", columns={"text": "t"}, split="heldout", heldout_fraction=0.3).texts()
         )
 
-    write(tmp_path / "b.parquet", pyarrow.table({"t": [f"text {i % 30}" for i in range(60)]}))
+    made.write_table(tmp_path / "b.parquet", pyarrow.table({"t": [f"text {i % 30}" for i in range(60)]}))
     few = heldout()
-    write(tmp_path / "a.parquet", pyarrow.table({"t": [f"text {i}" for i in range(60)]}))
+    made.write_table(tmp_path / "a.parquet", pyarrow.table({"t": [f"text {i}" for i in range(60)]}))
     assert few == {text for text in heldout() if int(text.split()[1]) < 30} and 0 < len(few) < 30
 
 
 def test_damage_and_wrong_columns_are_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "a.parquet", table(tmp_path))
+    path = made.write_table(tmp_path / "a.parquet", made.table_of_pictures(tmp_path))
     with pytest.raises(ValueError, match="has the columns id, caption, jpg, other; name that of the text"):
         open_source(f"table:{path}")
     with pytest.raises(ValueError, match="has no column captoin; it has id, caption"):
@@ -104,11 +79,11 @@ def test_damage_and_wrong_columns_are_named(tmp_path: pathlib.Path, monkeypatch:
     with pytest.raises(ValueError, match=r"cut.parquet is no whole Parquet or Arrow file"):
         open_source(f"table:{tmp_path / 'cut.parquet'}", columns=COLUMNS)
 
-    rows = table(tmp_path).to_pylist()
+    rows = made.table_of_pictures(tmp_path).to_pylist()
     rows[1]["jpg"]["bytes"] = rows[1]["jpg"]["bytes"][:40]
     rows[3]["jpg"]["bytes"] = b""
     rows[4]["jpg"]["path"] = "gone.png"
-    damaged = write(tmp_path / "damaged.parquet", pyarrow.Table.from_pylist(rows))
+    damaged = made.write_table(tmp_path / "damaged.parquet", pyarrow.Table.from_pylist(rows))
     config = config_for(
         pathlib.Path(f"table:{damaged}"), split="", columns=COLUMNS, tasks="caption", max_bad_fraction=0.5
     )
@@ -128,7 +103,7 @@ def test_the_command_takes_columns_and_tasks(tmp_path: pathlib.Path, capsys: pyt
     from aromni_jax.tokenizers.text import ByteText
 
     TokenizerBundle(ByteText()).save(tmp_path / "tokenizers")
-    path = write(tmp_path / "a.parquet", table(tmp_path))
+    path = made.write_table(tmp_path / "a.parquet", made.table_of_pictures(tmp_path))
     arguments = [f"--config.tokenizers={tmp_path / 'tokenizers'}", f"--output={tmp_path / 'data'}"]
     source = [f"--config.source=table:{path}", "--config.columns={'text': 'caption'}", "--config.tasks=text"]
     assert main(["pretokenize", *source, *arguments]) == 0
