@@ -79,6 +79,7 @@ setup(
             "mypy>=1.14",
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "PyYAML>=6",
             "ruff>=0.9",
             "webdataset>=0.2",
         ],
