@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import json
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -58,7 +59,7 @@ class BuilderReader:
         remedy = f"prepare it again with file_format={FILE_FORMAT!r}"
         try:
             info = tfds.builder_from_directory(folder).info
-            self.features = dict(info.features)
+            self.features = dict(sorted(info.features.items()))
             splits = dict(info.splits)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, ParseError) as error:
             raise ValueError(
@@ -172,7 +173,8 @@ class TfdsSource(ColumnSource):
         if self._split not in allowed:
             raise ValueError(f"{folder} has no split {self._split!r}; choose from {', '.join(filter(None, allowed))}")
         sizes = [[shard.split, shard.num_records, shard.path.stat().st_size] for shard in self._reader.shards]
-        self._digest.update(f"{self._reader.name} {sizes}\n".encode() + (folder / "features.json").read_bytes())
+        features = json.loads((folder / "features.json").read_bytes())
+        self._digest.update(json.dumps([self._reader.name, sizes, features], sort_keys=True).encode())
 
     def _folder(self) -> pathlib.Path:
         if not self.path.is_dir():
