@@ -1,4 +1,4 @@
-"""The endless stream of documents that a mixture draws from its data sets, cut into segments that are packed one by one.
+"""The stream of documents that a mixture draws from its data sets, cut into segments that are packed one by one.
 
 Every data set is a stream of its own: position p is record order(p // size)[p % size], where each pass over the data
 set has a seeded order of its own. So a record comes once in each pass, whatever the mixture. A segment takes from each

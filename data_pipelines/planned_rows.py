@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import document_stream, pack_plan
-from data_pipelines.document_stream import Cursor, DocumentStream, Documents
+from data_pipelines.document_stream import Cursor, Documents, DocumentStream
 from data_pipelines.mixing import Mixture
 from data_pipelines.pack_plan import PackPlan
 from data_pipelines.records import StoredExample, TokenDataset

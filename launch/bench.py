@@ -31,28 +31,48 @@ _PEERS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `aromni bench`."""
-    parser.add_argument("what", choices=("tokenizer",))
+    parser.add_argument("what", choices=("tokenizer", "data"))
     parser.add_argument("--family", choices=tuple(_ITEMS), action="append", help="only this one (repeat for more)")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each side; the median counts")
-    parser.add_argument("--num_cores", type=int, default=1, help="for each side, with as many threads")
+    parser.add_argument("--num_cores", type=int, default=1, help="of codecs, for each side, with as many threads")
+    parser.add_argument("--data", default="", metavar="DIR", help="a data set to read (default: one is made)")
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints a line for each family and direction; ValueError says what is missing."""
+    """Prints the table of one subject; ValueError says what is missing."""
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, not {args.repeats}")
+    if args.what == "data":
+        from launch import bench_data
+
+        device = f"{platform.machine()}; {_versions('grain', 'array_record', 'numpy')}"
+        print(device)
+        results = {"data": bench_data.measure(args) | {"device": device}}
+    else:
+        results = _bench_tokenizers(args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _versions(*libraries: str) -> str:
+    shown = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
+    return f"Python {platform.python_version()}; {shown}"
+
+
+def _bench_tokenizers(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints a line for each family and direction."""
     if not hasattr(os, "sched_setaffinity"):
         raise ValueError("both sides must run on the same cores, which only Linux lets a process choose")
     available = sorted(os.sched_getaffinity(0))
-    if not 1 <= args.num_cores <= len(available) or args.repeats < 1:
-        raise ValueError(f"--num_cores must be in 1..{len(available)} and --repeats at least 1")
+    if not 1 <= args.num_cores <= len(available):
+        raise ValueError(f"--num_cores must be in 1..{len(available)}, not {args.num_cores}")
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         raise ValueError("the reference is in torch: pip install 'aromni-jax[hf]'")
     cores = available[: args.num_cores]
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")}
-    shown = ", ".join(f"{name} {version}" for name, version in versions.items())
-    device = (
-        f"{args.num_cores} of {os.cpu_count()} cores, {platform.machine()}; Python {platform.python_version()}; {shown}"
-    )
+    versions = _versions("jax", "torch", "transformers")
+    device = f"{args.num_cores} of {os.cpu_count()} cores, {platform.machine()}; {versions}"
     print(f"{device}\nmedians of {args.repeats} calls of each side, in turn; {args.num_cores} thread(s) each")
     results: dict[str, Any] = {}
     for family in args.family or tuple(_ITEMS):
@@ -67,9 +87,7 @@ def main(args: argparse.Namespace) -> int:
                 f"ratio {measured['ratio_to_peer']:.2f}; {measured['agreement']}",
                 flush=True,
             )
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return results
 
 
 def _measure(family: str, cores: list[int], repeats: int) -> dict[str, dict[str, Any]]:

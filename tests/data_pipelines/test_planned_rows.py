@@ -74,7 +74,7 @@ def draw_records(batches: BatchIterator, num_steps: int) -> list[tuple[str, int]
 
 
 def test_every_record_once_in_each_pass_through_changes_of_everything(paths: dict[str, str]) -> None:
-    """Weights, data sets, batch size, workers and temperature change between starts; some data sets leave and return."""
+    """Weights, data sets, batch size, workers and temperature change between starts; data sets leave and return."""
     starts: list[tuple[dict[str, float | None], dict[str, Any], int]] = [
         ({"a": None, "b": None}, {}, 4),
         ({"a": 1.0, "b": 1.0}, {"batch": 5}, 3),

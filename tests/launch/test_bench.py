@@ -56,3 +56,17 @@ def test_the_reference_is_the_same_in_batches(length):
         expected_T = model.decode(codes_BU[row])
         np.testing.assert_allclose(model.decode_batch(codes_BU)[row], expected_T, atol=1e-5, rtol=0)
         assert (model.encode_batch(waveform_BT)[row] == model.encode(waveform_BT[row])).mean() > 0.95
+
+
+def test_data_beside_grains_packer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("launch.bench_data._DOCUMENTS", 1500)
+    monkeypatch.setattr("launch.bench_data._PLANNED_DOCUMENTS", 3000)
+    monkeypatch.setattr("launch.bench_data._BATCHES_A_TURN", 2)
+    path = tmp_path / "bench.json"
+    assert cli.run("bench", ["data", "--repeats=2", f"--json={path}"]) == 0
+    result = json.loads(path.read_text())["data"]
+    fixed = {"ours", "limit", "peer", "ratio_to_limit", "ratio_to_peer", "unit", "shape", "device", "peer_name"}
+    assert fixed <= result.keys()
+    assert result["ratio_to_peer"] == pytest.approx(result["ours"] / result["peer"])
+    assert 1.5 < result["bytes_per_token"] < 3 and result["fill"] > result["fill_peer"] > 0.9
+    assert "M documents per CPU second" in capsys.readouterr().out
