@@ -154,7 +154,8 @@ class DataConfig:
     `mixture` is "synthetic", or names each pre-tokenized data set: {name: {"path": directory, "weight": share}}.
     `weight_unit` says what a share counts, and a share s becomes s ** (1 / `temperature`). When a data set has been
     read once it begins again, or (`when_exhausted`) the run stops as soon as one, without weights all, has been read
-    `epochs` times. All of this may change between two starts of a run: every data set goes on where it stood.
+    `epochs` times. `duplicates` says whether copies of a record within a data set are read too. All of this may change
+    between two starts of a run: every data set goes on where it stood.
     `num_workers` threads read ahead (0: the caller reads), up to `prefetch_batches` batches; neither changes the order.
     `evaluation` names held-out data sets ({name: directory}), of which `evaluation_examples` each (0: all) are measured
     every `eval_every_steps`.
@@ -170,6 +171,7 @@ class DataConfig:
     temperature: float = 1.0
     when_exhausted: typing.Literal["repeat", "stop"] = "repeat"
     epochs: int = 1
+    duplicates: typing.Literal["keep", "drop"] = "keep"
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

@@ -49,6 +49,7 @@ def train_defaults() -> ConfigDict:
                 temperature=1.0,
                 when_exhausted="repeat",
                 epochs=1,
+                duplicates="keep",
                 num_workers=1,
                 prefetch_batches=2,
                 shuffle=True,

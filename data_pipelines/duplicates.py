@@ -37,6 +37,11 @@ def open_dataset(
     return dataset if kept_N.all() else FirstCopies(dataset, kept_N)
 
 
+def kept_of(dataset: TokenDataset) -> Duplicates:
+    """With which choice `open_dataset` opens the same records again."""
+    return "drop" if isinstance(dataset, FirstCopies) else "keep"
+
+
 def first_copies(hashes: Sequence[np.ndarray]) -> list[np.ndarray]:
     """For each data set bool [N], true where no record before it, in its own or an earlier data set, is its equal.
 

@@ -20,7 +20,7 @@ from aromni_jax.config import DataConfig, from_mapping
 from aromni_jax.structs import Modality, Task
 from aromni_jax.vocab import JointVocab
 from data_pipelines.document_stream import Cursor, DocumentStream
-from data_pipelines.records import TokenDataset
+from data_pipelines.duplicates import open_dataset
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Mixture:
             name: from_mapping(MixtureEntry, entry, f"data.mixture.{name}") for name, entry in data.mixture.items()
         }
         self.names = list(entries)
-        self.datasets = [TokenDataset(entry.path, vocab) for entry in entries.values()]
+        self.datasets = [open_dataset(entry.path, vocab, duplicates=data.duplicates) for entry in entries.values()]
         for name, dataset in zip(entries, self.datasets, strict=True):
             if not len(dataset):
                 raise ValueError(f"config key 'data.mixture.{name}': the data set {dataset.directory} has no records")

@@ -23,6 +23,7 @@ import numpy as np
 
 from data_pipelines import document_stream, pack_plan
 from data_pipelines.document_stream import Cursor, Documents, DocumentStream
+from data_pipelines.duplicates import kept_of, open_dataset
 from data_pipelines.mixing import Mixture
 from data_pipelines.pack_plan import PackPlan
 from data_pipelines.records import StoredExample, TokenDataset
@@ -84,7 +85,7 @@ class PlannedRows:
             "settings": settings,
             "is_finite": stream.num_segments is not None,
             "datasets": [
-                entry | {"name": name, "path": str(dataset.directory)}
+                entry | {"name": name, "path": str(dataset.directory), "duplicates": kept_of(dataset)}
                 for entry, name, dataset in zip(read, self._names, stream.datasets, strict=True)
             ],
             "resting": {fingerprint: cursor.to_json() for fingerprint, cursor in self._resting.items()},
@@ -227,7 +228,7 @@ class PlannedRows:
     def _as_described(self, old: Mapping[str, Any], plan: str) -> PlannedRows:
         """The rows of an earlier start, whose data sets may have left the mixture since."""
         here = {dataset.fingerprint: dataset for dataset in self._stream.datasets}
-        datasets = [here.get(entry["fingerprint"]) or TokenDataset(entry["path"]) for entry in old["datasets"]]
+        datasets = [here.get(entry["fingerprint"]) or open_dataset(entry["path"], duplicates=entry["duplicates"]) for entry in old["datasets"]]
         rows = PlannedRows(
             DocumentStream(
                 datasets,

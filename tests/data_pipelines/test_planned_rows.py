@@ -182,6 +182,24 @@ def test_a_data_set_that_was_made_again_is_refused(paths: dict[str, str], tmp_pa
         iterator(paths, {"a": None}).restore(state)
 
 
+def test_copies_are_left_out_through_a_change_of_mixture(paths: dict[str, str], tmp_path: pathlib.Path) -> None:
+    """Records of the fake corpus that say the same words are copies: dropped, the first of them comes once."""
+    here = paths | {"copies": str(make_dataset(tmp_path, 200, 5, "copies"))}
+    kept = len(np.unique(TokenDataset(here["copies"]).hashes_N))
+    assert kept < 200
+    drop: dict[str, Any] = {"duplicates": "drop", "when_exhausted": "stop"}
+    batches = iterator(here, {"copies": 1.0, "a": 1.0}, **drop)
+    drawn = draw_records(batches, 3)
+    state = json.loads(json.dumps(batches.state()))
+    batches = iterator(here, {"c": None, "copies": None}, **drop)
+    batches.restore(state)
+    with pytest.raises(StopIteration):
+        for _ in range(10_000):
+            drawn += draw_records(batches, 1)
+    times = collections.Counter(record for name, record in drawn if name == "copies")
+    assert times == {record: 1 for record in range(kept)}
+
+
 def test_plans_are_stored_and_made_again_when_stale_or_damaged(tmp_path: pathlib.Path) -> None:
     data = make_dataset(tmp_path, 90)
     mixture = Mixture(DataConfig({"a": {"path": str(data)}}, "examples", 0, 1), VOCAB)
