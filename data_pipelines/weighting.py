@@ -106,32 +106,31 @@ def to_targets(examples: Sequence[StoredExample], table_TMR: np.ndarray) -> Targ
 
     All at once: a row of short documents costs hardly more than one of a single long document.
     """
-    tokens = np.concatenate([stored.tokens_L for stored in examples])
     spans_S6 = np.concatenate([stored.spans_S6 for stored in examples])
-    num_tokens_N = np.array([len(stored.tokens_L) for stored in examples])
     num_spans_N = [len(stored.spans_S6) for stored in examples]
+    lengths_N = np.array([len(stored.tokens_L) - 1 for stored in examples])
     tasks_N = np.array([stored.task for stored in examples], np.int32)
-    lengths_S, modality_S, roles_S = spans_S6[:, 1], spans_S6[:, 2], spans_S6[:, 3]
-    weights_S = table_TMR[np.repeat(tasks_N, num_spans_N), modality_S, roles_S]
-    is_picture_S = (modality_S == Modality.IMAGE) & (spans_S6[:, 5] >= 0) & (weights_S > 0)
-    ends_S = np.cumsum(lengths_S)
-    is_code = np.repeat(is_picture_S, lengths_S)
-    # The begin and the end of a picture are not among its codes.
-    is_code[(ends_S - lengths_S)[is_picture_S]] = False
-    is_code[ends_S[is_picture_S] - 1] = False
-    ends_N = np.cumsum(num_tokens_N)
-    is_input, is_target = np.ones(len(tokens), bool), np.ones(len(tokens), bool)
-    is_input[ends_N - 1] = False
-    is_target[ends_N - num_tokens_N] = False
-    lengths_N = num_tokens_N - 1
-    first_N = np.cumsum(lengths_N) - lengths_N
+    modality_S, parts_S = spans_S6[:, 2], spans_S6[:, 5]
+    example_S = np.repeat(np.arange(len(examples)), num_spans_N)
+    weights_S = table_TMR[tasks_N[example_S], modality_S, spans_S6[:, 3]]
+    ends_S = np.cumsum(spans_S6[:, 1])
+    # The first token of an example is no target: the span it is in has one target less than tokens.
+    targets_S = spans_S6[:, 1].copy()
+    targets_S[np.searchsorted(ends_S, np.cumsum(lengths_N + 1) - lengths_N - 1, side="right")] -= 1
+    num_targets = int(lengths_N.sum())
+    perceptual_mask_L = np.zeros(num_targets, bool)
+    for span in np.flatnonzero((modality_S == Modality.IMAGE) & (parts_S >= 0) & (weights_S > 0)).tolist():
+        # Between the begin and the end of the picture; token t of example e is target t - e - 1 of all.
+        last = ends_S[span] - 1 - example_S[span] - 1
+        perceptual_mask_L[last - (spans_S6[span, 1] - 2) : last] = True
     return Targets(
-        inputs_L=tokens[is_input],
-        targets_L=tokens[is_target],
-        positions_L=np.arange(lengths_N.sum(), dtype=np.int32) - np.repeat(first_N.astype(np.int32), lengths_N),
-        loss_weights_L=np.repeat(weights_S, lengths_S)[is_target],
-        modality_L=np.repeat(modality_S, lengths_S)[is_target],
+        inputs_L=np.concatenate([stored.tokens_L[:-1] for stored in examples]),
+        targets_L=np.concatenate([stored.tokens_L[1:] for stored in examples]),
+        positions_L=np.arange(num_targets, dtype=np.int32)
+        - np.repeat((np.cumsum(lengths_N) - lengths_N).astype(np.int32), lengths_N),
+        loss_weights_L=np.repeat(weights_S, targets_S),
+        modality_L=np.repeat(modality_S, targets_S),
         task_L=np.repeat(tasks_N, lengths_N),
-        perceptual_mask_L=is_code[is_target],
+        perceptual_mask_L=perceptual_mask_L,
         lengths_N=lengths_N,
     )
