@@ -8,17 +8,16 @@ import io
 import os
 import pathlib
 import wave
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image as PilImage
 
 from aromni_jax.config import DataConfig, LossConfig
-from aromni_jax.structs import Example, Modality, Role, Span
-from aromni_jax.vocab import JointVocab
+from aromni_jax.structs import Example, Modality, Role, Span, Task
 from data_pipelines.mixing import Mixture
 from data_pipelines.planned_rows import PlannedRows
-from data_pipelines.records import VOCAB_FILE
+from data_pipelines.records import TokenDataset, read_vocab
 from data_pipelines.weighting import to_targets, weight_table
 
 if TYPE_CHECKING:
@@ -32,6 +31,43 @@ td, th { border-bottom: 1px solid #ddd; padding: .3em .6em; text-align: left; ve
 img { width: 128px; image-rendering: pixelated }
 code { white-space: pre-wrap }
 """
+
+
+class SpanView:
+    """What spans of a data set's documents say: text, pictures and sound, with the tokenizers it was made with."""
+
+    def __init__(self, data_dir: pathlib.Path, bundle: TokenizerBundle | None = None) -> None:
+        """`bundle` is loaded from the data set where none is given; ValueError when it is no data set."""
+        self.vocab = read_vocab(data_dir)
+        self.bundle = bundle or _load_bundle(data_dir / "tokenizers")
+
+    def content(self, example: Example, span: Span) -> str:
+        """What a span says: decoded text, the name of a control token, or the number of codes."""
+        rows = example.tokens_L[span.start : span.start + span.length]
+        if span.modality != Modality.TEXT and span.part >= 0:
+            return f"{span.length - 2} {span.modality.label} codes"
+        names = {token_id: name for name, token_id in self.vocab.special_ids.items()}
+        if len(rows) == 1 and int(rows[0]) in names:
+            return f"<{names[int(rows[0])]}>"
+        if self.bundle is None:
+            return f"{len(rows)} text ids"
+        return repr(self.bundle.text.decode(self.vocab.rows_to_text(rows)))
+
+    def to_html(self, example: Example, span: Span) -> str:
+        """The picture, the player, or the content as code where there is no tokenizer to decode it."""
+        return self._media(example, span) or f"<code>{html.escape(self.content(example, span))}</code>"
+
+    def _media(self, example: Example, span: Span) -> str:
+        """The picture or the player of a media span, or nothing where there is no tokenizer to decode it."""
+        if span.part < 0 or span.modality == Modality.TEXT or self.bundle is None:
+            return ""
+        rows = example.tokens_L[span.start + 1 : span.start + span.length - 1]
+        if span.modality == Modality.IMAGE and self.bundle.image is not None:
+            return picture_tag(self.bundle.image.decode(self.vocab.rows_to_image(rows)[None])[0])
+        if span.modality == Modality.SPEECH and self.bundle.speech is not None:
+            (waveform_T,) = self.bundle.speech.decode([self.vocab.rows_to_speech(rows)])
+            return sound_tag(waveform_T, self.bundle.speech.sample_rate_hz)
+        return ""
 
 
 class RowView:
@@ -53,11 +89,9 @@ class RowView:
           ValueError: not a data set, a row there is not, or a record longer than `sequence_length`.
         """
         path = pathlib.Path(data_dir)
-        if not (path / VOCAB_FILE).is_file():
-            raise ValueError(f"{path} is not a finished data set: it has no {VOCAB_FILE}")
-        self.vocab = JointVocab.from_json((path / VOCAB_FILE).read_text())
+        self.spans = SpanView(path, bundle)
         data = DataConfig({path.name or "data": {"path": str(path)}}, "examples", 0, 0)
-        mixture = Mixture(data, self.vocab)
+        mixture = Mixture(data, self.spans.vocab)
         self.rows = PlannedRows.of(mixture, sequence_length, seed=seed)
         self.num_rows = self.rows.num_rows(0)
         if not 0 <= row < self.num_rows:
@@ -68,7 +102,6 @@ class RowView:
         self.stored = [stored for stored in self.rows.documents(0, row) if stored is not None]
         self.examples = [stored.example for stored in self.stored]
         self.table_TMR = weight_table(loss, mixture.counts_TMR)
-        self.bundle = bundle or _load_bundle(path / "tokenizers")
 
     @property
     def title(self) -> str:
@@ -77,18 +110,6 @@ class RowView:
             f"row {self.row} of {self.num_rows}: {len(self.examples)} documents, {used} of {self.sequence_length} "
             f"targets ({100 * used / self.sequence_length:.1f}%; all rows {100 * self.rows.fill():.2f}%)"
         )
-
-    def content(self, example: Example, span: Span) -> str:
-        """What a span says: decoded text, the name of a control token, or the number of codes."""
-        rows = example.tokens_L[span.start : span.start + span.length]
-        if span.modality != Modality.TEXT and span.part >= 0:
-            return f"{span.length - 2} {span.modality.label} codes"
-        names = {token_id: name for name, token_id in self.vocab.special_ids.items()}
-        if len(rows) == 1 and int(rows[0]) in names:
-            return f"<{names[int(rows[0])]}>"
-        if self.bundle is None:
-            return f"{len(rows)} text ids"
-        return repr(self.bundle.text.decode(self.vocab.rows_to_text(rows)))
 
     def weight(self, example: Example, span: Span) -> float:
         """Loss weight of the tokens of a span (its first token is no target where it begins the document)."""
@@ -104,7 +125,7 @@ class RowView:
             for span in example.spans:
                 lines.append(
                     f"  {span.start:>5} {span.length:>6}  {span.modality.label:<8} {Role(span.role).name.lower():<10} "
-                    f"{self.weight(example, span):>6.2f}  {self.content(example, span)}"
+                    f"{self.weight(example, span):>6.2f}  {self.spans.content(example, span)}"
                 )
         return "\n".join(lines) + "\n"
 
@@ -123,7 +144,7 @@ class RowView:
                     span.modality.label,
                     Role(span.role).name.lower(),
                     f"{self.weight(example, span):.2f}",
-                    self._media(example, span) or f"<code>{html.escape(self.content(example, span))}</code>",
+                    self.spans.to_html(example, span),
                 ]
                 colour = _COLOURS[span.modality]
                 body.append(f'<tr style="background:{colour}">' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
@@ -133,17 +154,37 @@ class RowView:
             + "".join(body)
         )
 
-    def _media(self, example: Example, span: Span) -> str:
-        """The picture or the player of a media span, or nothing where there is no tokenizer to decode it."""
-        if span.part < 0 or span.modality == Modality.TEXT or self.bundle is None:
-            return ""
-        rows = example.tokens_L[span.start + 1 : span.start + span.length - 1]
-        if span.modality == Modality.IMAGE and self.bundle.image is not None:
-            return picture_tag(self.bundle.image.decode(self.vocab.rows_to_image(rows)[None])[0])
-        if span.modality == Modality.SPEECH and self.bundle.speech is not None:
-            (waveform_T,) = self.bundle.speech.decode([self.vocab.rows_to_speech(rows)])
-            return sound_tag(waveform_T, self.bundle.speech.sample_rate_hz)
-        return ""
+
+def sample_documents(
+    data_dir: pathlib.Path, *, per_task: int, bundle: TokenizerBundle | None = None
+) -> list[dict[str, Any]]:
+    """Documents to look at, `per_task` of every task, evenly spaced over its records: {task, key, tokens, parts}.
+
+    A part is what one message says in one modality: {role, html}. A damaged record has its error in place of parts.
+    """
+    view = SpanView(data_dir, bundle)
+    dataset = TokenDataset(data_dir, view.vocab)
+    samples: list[dict[str, Any]] = []
+    for task in Task:
+        records = np.flatnonzero(dataset.tasks_N == task)
+        if not len(records):
+            continue
+        places = np.unique(np.linspace(0, len(records) - 1, per_task).astype(int))
+        for index in records[places].tolist():
+            sample = {"task": task.label, "tokens": int(dataset.lengths_N[index])}
+            try:
+                example = dataset[index].example
+            except ValueError as error:
+                damage = {"role": "damaged", "html": html.escape(str(error))}
+                samples.append(sample | {"key": dataset.where(index), "parts": [damage]})
+                continue
+            parts = [
+                {"role": span.role.name.lower(), "html": view.to_html(example, span)}
+                for span in example.spans
+                if span.part >= 0
+            ]
+            samples.append(sample | {"key": example.key, "parts": parts})
+    return samples
 
 
 def _load_bundle(path: pathlib.Path) -> TokenizerBundle | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.resources
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 import PIL.Image
 import soundfile
 
-from aromni_jax.evaluation.markup import escape, section, table, tag
+from aromni_jax.evaluation.markup import escape, page, section, table, tag
 from aromni_jax.evaluation.spectrogram import NUM_MELS, coloured, mel_levels_db
 
 _EXPLAINED = {
@@ -117,13 +116,7 @@ def speech_codec_page(
 
 def _page(title: str, note: str, numbers: Mapping[str, Any], rest: str) -> str:
     rows = [(escape(_EXPLAINED.get(name, name.replace("_", " "))), _number(value)) for name, value in numbers.items()]
-    css = importlib.resources.files("aromni_jax.evaluation").joinpath("assets/report.css").read_text(encoding="utf-8")
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{css}</style>"
-    )
-    body = tag("main", tag("h1", escape(title)), section("Numbers", note, table(("", ""), rows, numbers=(1,))), rest)
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+    return page(title, tag("h1", escape(title)), section("Numbers", note, table(("", ""), rows, numbers=(1,))), rest)
 
 
 def _picture(pixels_HWC: np.ndarray, alt: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.resources
 import math
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,21 @@ def escape(value: Any) -> str:
 def tag(name: str, *content: str, css: str = "") -> str:
     """`<name class="css">content</name>`; `content` is HTML."""
     return f'<{name} class="{css}">{"".join(content)}</{name}>' if css else f"<{name}>{''.join(content)}</{name}>"
+
+
+def page(title: str, *body: str) -> str:
+    """A whole page with the style of the house; `body` is HTML."""
+    css = importlib.resources.files("aromni_jax.evaluation").joinpath("assets/report.css").read_text(encoding="utf-8")
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{css}</style>"
+    )
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{tag("main", *body)}</body></html>\n'
+
+
+def tile(value: str, name: str, note: str) -> str:
+    """One number a reader looks for first, to stand in a `<div class="tiles">`; all three are text."""
+    return tag("div", tag("b", escape(value)), tag("span", escape(name)), tag("small", escape(note)), css="tile")
 
 
 def section(title: str, note: str, *content: str) -> str:

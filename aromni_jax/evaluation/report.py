@@ -6,13 +6,12 @@ Numbers are shown as measured, beside chance and beside what the tokenizers alon
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aromni_jax.evaluation.markup import audio, escape, image, percent, section, table, tag
+from aromni_jax.evaluation.markup import audio, escape, image, page, percent, section, table, tag, tile
 from aromni_jax.evaluation.svg import line_chart
 
 TASK_TITLES = {
@@ -58,10 +57,8 @@ def render_report(results: Mapping[str, Any], samples_dir: pathlib.Path) -> str:
       FileNotFoundError: a sample's file is missing from `samples_dir`.
     """
     scores, samples = results.get("scores", []), results.get("samples", [])
-    title = escape(results["title"])
-    css = importlib.resources.files("aromni_jax.evaluation").joinpath("assets/report.css").read_text(encoding="utf-8")
     body = [
-        tag("h1", title),
+        tag("h1", escape(results["title"])),
         tag("p", escape(results.get("summary", "")), css="lead"),
         _tiles(scores),
         section("Pictures from text", JUDGED, _pictures(samples, "text_to_image", samples_dir)),
@@ -77,11 +74,7 @@ def render_report(results: Mapping[str, Any], samples_dir: pathlib.Path) -> str:
         section("Learning", CURVES, _curves(results)),
         _run(results),
     ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{css}</style>"
-    )
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{tag("main", *body)}</body></html>\n'
+    return page(results["title"], *body)
 
 
 def _tiles(scores: Sequence[Mapping[str, Any]]) -> str:
@@ -97,12 +90,10 @@ def _tiles(scores: Sequence[Mapping[str, Any]]) -> str:
             if score.get(key) is not None
         ]
         tiles.append(
-            tag(
-                "div",
-                tag("b", percent(score["value"])),
-                tag("span", f"{TASK_TITLES[score['task']]}, {escape(score['group'])}"),
-                tag("small", escape(f"{score['metric']}; {', '.join(hints)}" if hints else score["metric"])),
-                css="tile",
+            tile(
+                percent(score["value"]),
+                f"{TASK_TITLES[score['task']]}, {score['group']}",
+                f"{score['metric']}; {', '.join(hints)}" if hints else score["metric"],
             )
         )
     return tag("div", *tiles, css="tiles") if tiles else ""

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no external asset; colours come from the page's style sheet."""
+"""Line charts and histograms as inline SVG: no script, no external asset; colours come from the page's style sheet."""
 
 from __future__ import annotations
 
@@ -65,6 +65,64 @@ def line_chart(
             f'<tspan class="tick">{last:.2f}</tspan></text>'
         )
     return "".join([*out, "</svg>"])
+
+
+def histogram(
+    counts: Mapping[str, Sequence[int]], edges: Sequence[float], *, x_label: str, first_colour: int = 0
+) -> str:
+    """Bars over bins with borders `edges`, one series on top of the other, with the names of several at the right end.
+
+    `first_colour` is that of the first series. Returns "" when there is nothing to draw.
+    """
+    series = {name: list(values) for name, values in counts.items() if any(values)}
+    if not series:
+        return ""
+    totals = [sum(column) for column in zip(*series.values(), strict=True)]
+    last_used = max(index for index, total in enumerate(totals) if total) + 1
+    low, high, y_ticks = _axis(0.0, max(totals))
+    x_low, x_high = edges[0], edges[last_used]
+
+    def x_at(x: float) -> float:
+        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
+    def y_at(y: float) -> float:
+        return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    out = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_escape(", ".join(series))}">']
+    for y in y_ticks:
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(y):.1f}" y2="{y_at(y):.1f}"/>')
+        out.append(f'<text class="tick" x="{LEFT - 8}" y="{y_at(y) + 4:.1f}" text-anchor="end">{_short(y)}</text>')
+    below = [0] * len(totals)
+    for index, (name, values) in enumerate(series.items()):
+        colour = (first_colour + index) % 8
+        for place in range(last_used):
+            if values[place]:
+                left, right = x_at(edges[place]), x_at(edges[place + 1])
+                top, bottom = y_at(below[place] + values[place]), y_at(below[place])
+                told = f"{_escape(name)}, {edges[place]:g} to {edges[place + 1]:g}: {values[place]:,}"
+                out.append(
+                    f'<rect class="s{colour}" x="{left + 0.5:.1f}" y="{top:.1f}" '
+                    f'width="{max(right - left - 1, 0.5):.1f}" height="{bottom - top:.1f}"><title>{told}</title></rect>'
+                )
+                below[place] += values[place]
+        if len(series) > 1:
+            corner = f'x="{WIDTH - RIGHT + 8}" y="{TOP + 12 + 17 * index}"'
+            out.append(f'<text class="name s{colour}" {corner}>{_escape(name)}</text>')
+    for x in _axis(x_low, x_high)[2]:
+        if x_low <= x <= x_high:
+            out.append(
+                f'<text class="tick" x="{x_at(x):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{_short(x)}</text>'
+            )
+    out.append(f'<text class="tick" x="{WIDTH - RIGHT + 8}" y="{HEIGHT - 10}">{_escape(x_label)}</text>')
+    return "".join([*out, "</svg>"])
+
+
+def _short(value: float) -> str:
+    """`1500` stays, 20000 is `20k`."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
+    return f"{value:g}"
 
 
 def _axis(low: float, high: float) -> tuple[float, float, list[float]]:
