@@ -51,6 +51,12 @@ KINDS = {
 _PREFIX = re.compile(r"([A-Za-z][\w-]+):(?!//)(.*)", re.DOTALL)
 
 
+def named_kind(source: str) -> tuple[str, str]:
+    """Kind and path of `kind:path`, known or not; no kind where `source` is a path that exists, or a URL."""
+    match = None if os.path.exists(source) else _PREFIX.fullmatch(source)
+    return (match[1], match[2]) if match else ("", source)
+
+
 def open_source(
     source: str,
     *,
@@ -64,9 +70,8 @@ def open_source(
     Raises:
       ValueError: an unknown kind (with the nearest and all there are), and what the source itself raises.
     """
-    kind, path = "manifest", source
-    if not os.path.exists(source) and (match := _PREFIX.fullmatch(source)):
-        kind, path = match[1], match[2]
+    kind, path = named_kind(source)
+    kind = kind or "manifest"
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -127,6 +127,11 @@ class Conversation:
         for message in self.messages:
             yield from (part for part in message.parts if isinstance(part, MediaFile))
 
+    def texts(self) -> Iterator[str]:
+        """Every piece of text, in order of appearance."""
+        for message in self.messages:
+            yield from (part.text for part in message.parts if isinstance(part, Text))
+
 
 class Source(abc.ABC):
     """The conversations of one split of a corpus, by index: what every kind of source shares.
@@ -252,26 +257,26 @@ class Source(abc.ABC):
         except (ValueError, TypeError, AttributeError, LookupError, *DAMAGE) as error:
             raise RecordError("parse", f"{self._place(item)}: not a conversation: {error}") from error
 
+    @property
+    def first_of_items(self) -> range:
+        """The records that go through every item once: each with the first of `tasks`."""
+        return range(0, len(self), max(1, len(self.tasks)))
+
     def media_paths(self, kind: MediaKind) -> list[pathlib.Path]:
-        """Every distinct file of `kind`, in order of first use: what a tokenizer is trained on.
+        """Every distinct file of `kind`, in order of first use.
 
         Raises:
-          ValueError: the media are not files of their own.
+          ValueError: the media are not files of their own on a disk.
         """
-        files = list(dict.fromkeys(file for i in range(len(self)) for file in self[i].media() if file.kind == kind))
-        if any(isinstance(file, EmbeddedMedia) for file in files):
-            raise ValueError(f"{self.path} holds its {kind} records inside; unpack them to train a tokenizer on files")
+        records = (self[i] for i in self.first_of_items)
+        files = list(dict.fromkeys(file for record in records for file in record.media() if file.kind == kind))
+        if not all(file.is_on_disk for file in files):
+            raise ValueError(f"{self.path} holds {kind} records that are no files on a disk; read them one by one")
         return [file.path for file in files]
 
-    def texts(self) -> list[str]:
-        """Every piece of text, in order: what a text tokenizer is trained on."""
-        return [
-            part.text
-            for i in range(len(self))
-            for message in self[i].messages
-            for part in message.parts
-            if isinstance(part, Text)
-        ]
+    def texts(self) -> Iterator[str]:
+        """Every piece of text, in order."""
+        return (text for i in self.first_of_items for text in self[i].texts())
 
 
 def paired(name: str, task: Task, text: str, media: MediaFile | None, facts: dict[str, Any]) -> Conversation:

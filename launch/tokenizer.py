@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from launch import tokenizer_input
 from launch.conversions import Conversions
 
 if TYPE_CHECKING:
     from aromni_jax.tokenizers.image import ImageTokenizer
     from aromni_jax.tokenizers.speech import SpeechTokenizer
+    from aromni_jax.tokenizers.speech_input import Report
+    from data_pipelines.sources import MediaFile
 
 _KINDS = ("text", "image", "speech")
-_LONGEST_PIECE = 1 << 20
-"""Characters of a text file that are read at once."""
 _PICTURES_ON_PAGE, _SOUNDS_ON_PAGE = 48, 12
 _TELLTALES = ("a", " a", "A  b\n", "e\u0301", "\ufb01", "\u2581", "\U0001f642")
 """Texts that tokenizers which normalise or add spaces do not give back."""
@@ -35,18 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the tokenizer: written by train and import, else read; `shipped` is the one that comes with the package",
     )
-    parser.add_argument(
-        "--input",
-        metavar="PATH",
-        help="a file, a folder, or a manifest of conversations; import: a published .safetensors, .ckpt, directory or "
-        "tokenizer.json",
-    )
+    tokenizer_input.add_arguments(parser)
     parser.add_argument(
         "--output",
         metavar="PATH",
         help="encode: a .npy of codes; decode: a .png, .wav or .txt; export: a .safetensors, .ckpt or directory",
     )
-    parser.add_argument("--split", default="", help="of a manifest, read only this split")
     parser.add_argument("--vocab_size", type=int, default=1024, help="train --kind=text: number of pieces")
     parser.add_argument(
         "--max_lines",
@@ -101,7 +96,9 @@ def _train(args: argparse.Namespace) -> None:
     from aromni_jax.tokenizers.text import SentencePieceText
 
     if args.kind == "text":
-        text = SentencePieceText.train(_pieces_of_text(args), args.vocab_size, args.seed, args.max_lines, print)
+        text = SentencePieceText.train(
+            tokenizer_input.pieces_of_text(args), args.vocab_size, args.seed, args.max_lines, print
+        )
         text.save(args.tokenizer)
         print(f"{text.size} pieces, fingerprint {text.fingerprint[:16]}, in {args.tokenizer}")
         return
@@ -114,13 +111,19 @@ def _train(args: argparse.Namespace) -> None:
     tokenizer: ImageTokenizer | SpeechTokenizer
     if args.kind == "image":
         size = config.net.image_size
-        pixels = np.stack([image.prepare_image(path, size) for path in _paths(args)])
+        files = tokenizer_input.media(args)
+        pixels = np.stack([*tokenizer_input.prepared(files, lambda path, _: image.prepare_image(path, size)).values()])
         tokenizer = image.train_image_tokenizer(pixels, config, args.seed, workdir, meter)
     else:
         rate_hz = config.net.sample_rate_hz
         conversions = Conversions()
-        waveforms = [speech.prepare_sound(path, None, rate_hz, conversions) for path in _paths(args)]
+        sounds = tokenizer_input.prepared(
+            tokenizer_input.media(args),
+            lambda path, report: speech.prepare_sound(path, None, rate_hz, report),
+            conversions,
+        )
         conversions.show()
+        waveforms = list(sounds.values())
         if isinstance(config, seanet_training.SeanetTraining):
             tokenizer = seanet_training.train_seanet_tokenizer(waveforms, config, args.seed, workdir, meter)
         else:
@@ -209,21 +212,35 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    paths = _paths(args)
-    if len(paths) != 1:
-        raise ValueError(f"--input={args.input} holds {len(paths)} files; encode takes one")
     if args.kind == "text":
         from aromni_jax.tokenizers.text import load_text_tokenizer
 
-        codes = np.array(load_text_tokenizer(args.tokenizer).encode(paths[0].read_text(encoding="utf-8")), np.int32)
+        (text,) = _only_one(tokenizer_input.texts(args), args)
+        codes = np.array(load_text_tokenizer(args.tokenizer).encode(text), np.int32)
     elif args.kind == "image":
         pictures = _image_tokenizer(args)
-        codes = pictures.encode(pictures.prepare(paths[0])[None])[0]
+        codes = pictures.encode(np.stack([*_pixels(pictures, _only_one(tokenizer_input.media(args), args)).values()]))[
+            0
+        ]
     else:
         sounds = _speech_tokenizer(args)
-        codes = sounds.encode([sounds.prepare(paths[0], report=print)])[0]
+        codes = sounds.encode([*_waveforms(sounds, _only_one(tokenizer_input.media(args), args), print).values()])[0]
     np.save(args.output, codes)
     print(f"{codes.size} codes in {args.output}")
+
+
+def _only_one(found: list[Any], args: argparse.Namespace) -> list[Any]:
+    if len(found) != 1:
+        raise ValueError(f"--input={args.input} holds {len(found)} files or records; encode takes one")
+    return found
+
+
+def _pixels(tokenizer: ImageTokenizer, files: Sequence[MediaFile]) -> dict[MediaFile, np.ndarray]:
+    return tokenizer_input.prepared(files, lambda path, _: tokenizer.prepare(path))
+
+
+def _waveforms(tokenizer: SpeechTokenizer, files: Sequence[MediaFile], report: Report) -> dict[MediaFile, np.ndarray]:
+    return tokenizer_input.prepared(files, lambda path, told: tokenizer.prepare(path, report=told), report)
 
 
 def _decode(args: argparse.Namespace) -> None:
@@ -261,7 +278,7 @@ def _evaluate_text(args: argparse.Namespace) -> dict[str, Any]:
     from aromni_jax.tokenizers.text import load_text_tokenizer
 
     tokenizer = load_text_tokenizer(args.tokenizer)
-    texts = _texts(args)
+    texts = tokenizer_input.texts(args)
     ids = [tokenizer.encode(text) for text in texts]
     return {
         "texts": len(texts),
@@ -275,8 +292,9 @@ def _evaluate_image(args: argparse.Namespace) -> dict[str, Any]:
     from aromni_jax.evaluation.codec_page import image_codec_page
     from aromni_jax.evaluation.picture_quality import psnr_db, ssim
 
-    tokenizer, paths = _image_tokenizer(args), _paths(args)
-    pixels = np.stack([tokenizer.prepare(path) for path in paths])
+    tokenizer = _image_tokenizer(args)
+    pictures = _pixels(tokenizer, tokenizer_input.media(args))
+    pixels = np.stack([*pictures.values()])
     codes, encode_seconds = _timed(tokenizer.encode, pixels)
     decoded, decode_seconds = _timed(tokenizer.decode, codes)
     decibels = psnr_db(decoded, pixels)
@@ -293,7 +311,7 @@ def _evaluate_image(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.report:
         shown = slice(_PICTURES_ON_PAGE)
-        names = [path.name for path in paths[shown]]
+        names = [tokenizer_input.name(file) for file in [*pictures][shown]]
         page = image_codec_page(numbers, pixels[shown], decoded[shown], names, decibels[shown])
         Path(args.report).write_text(page, encoding="utf-8")
     return numbers
@@ -311,10 +329,11 @@ def _evaluate_speech(args: argparse.Namespace) -> dict[str, Any]:
     from aromni_jax.evaluation.sound_quality import mean_stoi, si_sdr_db
     from aromni_jax.tokenizers.speech import mel_distance
 
-    tokenizer, paths = _speech_tokenizer(args), _paths(args)
+    tokenizer = _speech_tokenizer(args)
     rate_hz, conversions = tokenizer.sample_rate_hz, Conversions()
-    waveforms = [tokenizer.prepare(path, report=conversions) for path in paths]
+    sounds = _waveforms(tokenizer, tokenizer_input.media(args), conversions)
     conversions.show()
+    waveforms = list(sounds.values())
     # Lengths are compiled for in powers of two: one sound of each.
     sizes = [(-(-len(waveform) // tokenizer.hop) - 1).bit_length() for waveform in waveforms]
     firsts = [sizes.index(size) for size in sorted(set(sizes))]
@@ -348,7 +367,7 @@ def _evaluate_speech(args: argparse.Namespace) -> dict[str, Any]:
     if args.report:
         shown = slice(_SOUNDS_ON_PAGE)
         originals, ours = ([pair[side] for pair in pairs[shown]] for side in (0, 1))
-        names = [path.name for path in paths[shown]]
+        names = [tokenizer_input.name(file) for file in [*sounds][shown]]
         page = speech_codec_page(numbers, originals, ours, names, measures[shown], rate_hz)
         Path(args.report).write_text(page, encoding="utf-8")
     return numbers
@@ -362,57 +381,6 @@ def _code_use(codes: Iterable[Any], num_codes: int) -> dict[str, Any]:
         "codes_used": int((counts > 0).sum()),
         "perplexity": float(np.exp(-(share * np.log(share)).sum())),
     }
-
-
-def _paths(args: argparse.Namespace) -> list[Path]:
-    """Files of the kind behind --input, sorted or in manifest order; ValueError when there are none."""
-    from data_pipelines.containers import SOUND_SUFFIXES
-    from data_pipelines.layouts import PICTURE_SUFFIXES
-
-    source = Path(args.input)
-    suffixes = {"text": (".txt",), "image": PICTURE_SUFFIXES, "speech": SOUND_SUFFIXES}[args.kind]
-    if not source.exists():
-        raise FileNotFoundError(f"--input={source} does not exist")
-    if source.is_dir():
-        paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in suffixes)
-    elif source.suffix == ".jsonl":
-        found = (part.get(args.kind) for part in _manifest_parts(source, args.split))
-        paths = [source.parent / name for name in dict.fromkeys(found) if name]
-    else:
-        paths = [source]
-    if not paths:
-        raise ValueError(f"--input={source} holds no {args.kind} ({', '.join(suffixes)})")
-    return paths
-
-
-def _texts(args: argparse.Namespace) -> list[str]:
-    if args.input.endswith(".jsonl"):
-        return [part["text"] for part in _manifest_parts(Path(args.input), args.split) if "text" in part]
-    return [path.read_text(encoding="utf-8") for path in _paths(args)]
-
-
-def _pieces_of_text(args: argparse.Namespace) -> Iterator[str]:
-    """The text behind --input, a little at a time: a corpus need not fit into memory."""
-    if args.input.endswith(".jsonl"):
-        for part in _manifest_parts(Path(args.input), args.split):
-            if "text" in part:
-                yield part["text"]
-        return
-    for path in _paths(args):
-        with path.open(encoding="utf-8") as file:
-            while piece := file.readline(_LONGEST_PIECE):
-                yield piece
-
-
-def _manifest_parts(path: Path, split: str) -> Iterator[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-                if not split or record["split"] == split:
-                    yield from [part for message in record["messages"] for part in message["parts"]]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number} is not a conversation of a manifest: {error!r}") from error
 
 
 def _image_tokenizer(args: argparse.Namespace) -> ImageTokenizer:

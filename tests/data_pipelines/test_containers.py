@@ -22,7 +22,7 @@ from tests.fixtures.data_fakes import config_for, fake_bundle
 
 
 def texts(source: Source) -> list[str]:
-    return source.texts()
+    return list(source.texts())
 
 
 def zstd(data: bytes) -> bytes:
@@ -99,9 +99,9 @@ def test_tars_are_read_at_random_and_by_pretokenize(tmp_path: pathlib.Path) -> N
     root = made.pictures_in_tars(tmp_path / "tars")
     source = open_source(f"webdataset:{root}/part-*.tar")
     assert source.tasks == (Task.CAPTION, Task.TEXT_TO_IMAGE) and len(source) == 16
-    assert texts(source)[::2] == [f"shade {shard} {i}" for shard in range(2) for i in range(4)]
+    assert texts(source) == [f"shade {shard} {i}" for shard in range(2) for i in range(4)]
     assert source[15].key == "text_to_image/part-001.tar/001/s3" and source.where(0) == "part-000.tar/000/s0"
-    with pytest.raises(ValueError, match="holds its image records inside"):
+    with pytest.raises(ValueError, match="holds image records that are no files on a disk"):
         source.media_paths("image")
     config = config_for(pathlib.Path(f"webdataset:{root}"), split="", tasks="caption", records_per_shard=3)
     assert pretokenize(config, tmp_path / "data", bundle=fake_bundle())

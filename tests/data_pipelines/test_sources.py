@@ -39,7 +39,7 @@ def test_reads_lines_at_random_and_resolves_paths(tmp_path: pathlib.Path) -> Non
     assert list(conversation.media()) == [MediaFile("image", tmp_path / "x" / "1.png")]
     assert conversation.messages[1].parts == (Text("Zürich 漢字"),)
     assert source.where(5) == "m.jsonl:7"
-    assert source.media_paths("image") == [tmp_path / "x" / "1.png"] and source.texts() == ["Zürich 漢字"] * 6
+    assert source.media_paths("image") == [tmp_path / "x" / "1.png"] and list(source.texts()) == ["Zürich 漢字"] * 6
 
 
 @pytest.mark.parametrize(

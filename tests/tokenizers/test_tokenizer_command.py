@@ -33,8 +33,9 @@ def corpus(tmp_path_factory):
         PIL.Image.fromarray(picture).save(root / f"{i}.png")
         soundfile.write(root / f"{i}.wav", sound, 4000)
     (root / "a.txt").write_text("some words\nand more words")
+    parts = [[{"text": f"words {i}"}, {"image": f"{i}.png"}] for i in range(3)]
     lines = [
-        {"split": split, "messages": [{"role": "user", "parts": [{"text": f"words {i}"}, {"image": f"{i}.png"}]}]}
+        {"task": "caption", "split": split, "messages": [{"role": "user", "parts": parts[i]}]}
         for i, split in enumerate(["train", "train", "heldout"])
     ]
     (root / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -67,7 +68,7 @@ def test_text_files_are_read_in_pieces(corpus, tmp_path, capsys, monkeypatch):
     assert "50 lines of text; learning from 20 of them, sampled with seed 0" in capsys.readouterr().out
     assert tokenizer(*flags, f"--tokenizer={tmp_path / 'b'}") == 0
     assert "50 lines of text; learning from all" in capsys.readouterr().out
-    monkeypatch.setattr("launch.tokenizer._LONGEST_PIECE", 10)
+    monkeypatch.setattr("launch.tokenizer_input.LONGEST_PIECE", 10)
     assert tokenizer(*flags, f"--tokenizer={tmp_path / 'c'}") == 0
     assert "150 lines of text" in capsys.readouterr().out
 
