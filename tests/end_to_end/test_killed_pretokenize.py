@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def finished_shards(directory: pathlib.Path) -> set[str]:
 
 
 def test_kills_at_random_moments_of_every_phase(tmp_path: pathlib.Path) -> None:
-    records, per_shard = 200, 4
+    records, per_shard = 280, 4
     config = config_for(write_corpus(tmp_path / "corpus", records), records_per_shard=per_shard, media_batch_size=1)
     assert pretokenize(config, tmp_path / "undisturbed", bundle=fake_bundle())
     output = tmp_path / "killed"
@@ -90,6 +91,31 @@ def test_kills_at_random_moments_of_every_phase(tmp_path: pathlib.Path) -> None:
     assert digests(output) == digests(tmp_path / "undisturbed")  # no temporary is left either
     assert all((output / name).stat().st_mtime_ns == changed for name, changed in kept.items())
     assert len(TokenDataset(output, verify=True)) == records
+
+
+def test_workers_that_finish_at_the_same_moment(tmp_path: pathlib.Path) -> None:
+    """Four workers find every shard finished at once, and each of them completes the data set."""
+    config = config_for(write_corpus(tmp_path / "corpus", 12), records_per_shard=4)
+    assert pretokenize(config, tmp_path / "undisturbed", bundle=fake_bundle())
+    output = tmp_path / "raced"
+    output.mkdir()
+    for shard in (tmp_path / "undisturbed").glob("shard_*"):
+        shutil.copy(shard, output)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.fixtures.killable_worker"])
+    phases = [context.Value("i", Phase.STARTING, lock=False) for _ in range(4)]
+    workers = [
+        context.Process(target=killable_worker, args=(config, output, index, 4, 0.2, phase))
+        for index, phase in enumerate(phases)
+    ]
+    for worker in workers:
+        worker.start()
+    together = 0
+    while any(worker.is_alive() for worker in workers):
+        together = max(together, sum(phase.value == Phase.FINALIZING for phase in phases))
+        time.sleep(0.002)
+    assert [worker.exitcode for worker in workers] == [0] * 4 and together >= 2
+    assert digests(output) == digests(tmp_path / "undisturbed")
 
 
 def test_kills_of_the_command(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture) -> None:
