@@ -51,6 +51,7 @@ torch.set_num_threads(1)
 SHAPES = {
     "chameleon": Shape(),
     "attention": Shape(image_size=32, multipliers=(1, 2, 2), num_res_blocks=1, attention=(16, 8)),
+    "published widths": Shape(64, 128, (1, 1, 2, 2, 4), 2, 256, 256, 8192),
     "many codes": Shape(multipliers=(1, 1, 2), num_res_blocks=1, num_codes=3000),
 }
 

