@@ -52,6 +52,7 @@ def survey(data_dir: pathlib.Path, *, sequence_length: int, loss: LossConfig, se
         "weighting": loss.weighting,
         "shares": _shares(dataset.counts_TMR, table_TMR),
         **describe_shares(dataset.counts_TMR, table_TMR),
+        "copies": dataset.dataset["statistics"]["duplicates"],
         "quarantine": _quarantine(dataset),
     }
 
@@ -238,9 +239,10 @@ def survey_text(numbers: dict[str, Any]) -> str:
             f"{100 * share['weight_share']:>14.2f}%"
         )
     quarantine = numbers["quarantine"]
-    lines += ["", "left out or cut: " + (_counted(quarantine["by_stage"]) or "nothing")]
+    lines += ["", f"documents that teach the same as an earlier one: {numbers['copies']:,}"]
+    lines += ["left out or cut: " + (_counted(quarantine["by_stage"]) or "nothing")]
     for stage, examples in quarantine["examples"].items():
-        lines += [f"  {stage}: {example['where']} {example['key']}: {example['error']}" for example in examples]
+        lines += [f"  {stage}: {example['where']}: {example['error']}" for example in examples]
     return "\n".join(lines) + "\n"
 
 

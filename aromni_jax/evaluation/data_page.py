@@ -27,7 +27,7 @@ def render_data_page(
 
     Args:
       numbers: of a survey: data, documents, tokens, shards, bytes_per_token, lengths, histogram_by_task,
-        histograms_by_modality, rows, weighting, shares, token_share, weight_share, quarantine.
+        histograms_by_modality, rows, weighting, shares, token_share, weight_share, copies, quarantine.
       ways: (name, fill, share of documents cut) of each way to batch; the first is ours.
       samples: documents as {task, key, tokens, parts: [{role, html}]}; the HTML is taken as it is.
     """
@@ -157,13 +157,14 @@ def _shares(numbers: Mapping[str, Any]) -> str:
 
 def _quarantine(numbers: Mapping[str, Any]) -> str:
     by_stage, examples = numbers["quarantine"]["by_stage"], numbers["quarantine"]["examples"]
+    copies = tag("p", f"{numbers['copies']:,} documents that were kept teach the same as an earlier one.")
     if not by_stage:
-        return tag("p", "Nothing.")
+        return tag("p", "Nothing.") + copies
     lines = []
     for stage, count in sorted(by_stage.items(), key=lambda item: -item[1]):
         told = [f"{escape(e['where'])}: {escape(e['error'])}" for e in examples.get(stage, ())]
         lines.append([_name(stage), f"{count:,}", "<br>".join(told)])
-    return table(["stage", "records", "the first"], lines, (1,))
+    return table(["stage", "records", "the first"], lines, (1,)) + copies
 
 
 def _documents(samples: Sequence[Mapping[str, Any]]) -> str:

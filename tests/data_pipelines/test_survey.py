@@ -83,6 +83,8 @@ def test_numbers_are_those_of_the_records(tmp_path: pathlib.Path):
     whole = (dataset.counts_TMR * table_TMR).sum()
     expected = (dataset.counts_TMR * table_TMR)[Task.CAPTION, Modality.IMAGE].sum() / whole
     assert weights["caption", "image"] == pytest.approx(expected) and sum(weights.values()) == pytest.approx(1)
+    contents = {(int(stored.task), stored.tokens_L.tobytes()) for stored in dataset}
+    assert numbers["copies"] == 40 - len(contents)
     images = sum((stored.spans_S6[:, 2] == Modality.IMAGE).any() for stored in dataset)
     assert sum(numbers["histograms_by_modality"]["modalities"]["image"]["documents"]) == images
     text = survey_text(numbers)
