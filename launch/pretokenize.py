@@ -12,6 +12,7 @@ import argparse
 import collections
 import json
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -163,9 +164,10 @@ def _print_json(event: dict[str, Any]) -> None:
 
 
 def _verified(output: str) -> str:
-    from data_pipelines.records import TokenDataset
+    from data_pipelines.records import TokenDataset, read_vocab
 
-    dataset = TokenDataset(output, verify=True)
+    dataset = TokenDataset(output, read_vocab(pathlib.Path(output)), verify=True)
+    assert dataset.unigram_V.sum() == dataset.counts_TMR.sum()  # reading it compares its hash
     return f"; all {len(dataset.markers)} shards have the SHA-256 they were written with"
 
 

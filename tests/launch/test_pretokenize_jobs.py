@@ -7,6 +7,7 @@ import io
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -201,6 +202,22 @@ def test_workers_below_one_and_a_part_that_is_not_there(corpus, tmp_path, capsys
     assert "--num_workers=0 must be at least 1" in capsys.readouterr().err
     assert cli.main([*command, "--shard_index=4", "--num_shards=4"]) == 1
     assert "must lie in 0..3" in capsys.readouterr().err
+
+
+def test_verify_names_the_shard_that_was_damaged_since_and_it_is_made_again(corpus, tmp_path, capsys):
+    output = tmp_path / "data"
+    shutil.copytree(corpus / "undisturbed", output)
+    shard = output / "shard_00003.array_record"
+    content = bytearray(shard.read_bytes())
+    content[300] ^= 1
+    shard.write_bytes(content)
+    command = ["pretokenize", *flags(corpus), f"--output={output}", "--verify"]
+    assert cli.main(command) == 1
+    assert "shard_00003.array_record is damaged" in (told := capsys.readouterr().err)
+    assert "delete shard_00003.json and run `aromni pretokenize` again" in told
+    (output / "shard_00003.json").unlink()
+    assert cli.main(command) == 0
+    assert digests(output) == digests(corpus / "undisturbed")
 
 
 class Terminal(io.StringIO):
