@@ -86,7 +86,7 @@ class LocalWorkers:
             elif line.startswith("{"):
                 self.events[number] = json.loads(line)
                 self._on_events(self.events)
-            elif line not in said:
+            elif line.strip() and line not in said:
                 said.add(line)
                 self._say(line)
         return 128 + self._signal if self._signal else failure

@@ -89,6 +89,7 @@ class ProgressBar:
         self._every = 0.2 if self._is_terminal else _LINE_EVERY_SECONDS
         self._seen: collections.deque[tuple[float, int]] = collections.deque()
         self._drawn = -self._every
+        self._bar = ""
 
     def update(self, event: dict[str, Any]) -> None:
         """Takes {"done", "total", "seconds", "quarantined"} and draws where it is due, always at the end, once."""
@@ -107,14 +108,15 @@ class ProgressBar:
         text = progress_line(event, rate)
         if self._is_terminal:
             filled = round(24 * event["done"] / max(event["total"], 1))
-            self._stream.write(f"\r\x1b[2K[{'#' * filled}{'.' * (24 - filled)}] {text}")
+            self._bar = f"[{'#' * filled}{'.' * (24 - filled)}] {text}"
+            self._stream.write(f"\r\x1b[2K{self._bar}")
         else:
             self._stream.write(text + "\n")
         self._stream.flush()
 
     def say(self, text: str) -> None:
         """A line that stays above the bar."""
-        self._stream.write(("\r\x1b[2K" if self._is_terminal else "") + text + "\n")
+        self._stream.write(f"\r\x1b[2K{text}\n{self._bar}" if self._is_terminal else f"{text}\n")
         self._stream.flush()
 
     def close(self) -> None:

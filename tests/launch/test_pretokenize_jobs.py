@@ -238,6 +238,10 @@ def test_progress_bar_draws_over_itself_and_forgets_what_was_there_before():
         bar.update({"done": 1000, "total": 1000, "seconds": 12.0, "quarantined": 0})
         bar.close()
     drawn = terminal.getvalue()
+    bar = ProgressBar(said := Terminal())
+    bar.update({"done": 5, "total": 5, "seconds": 1.0, "quarantined": 0})
+    bar.say("a warning")
+    assert re.search(r"\x1b\[2Ka warning\n\[#{24}\] 5 of 5 records, 5 records/s.*$", said.getvalue())
     assert drawn.count("\r\x1b[2K[") == 11 and drawn.endswith("\n") and drawn.count("\n") == 1
     assert "[######################..] 910 of 1,000 records, 10 records/s, 9 s left, 0 bad" in drawn
     lines = pipe.getvalue().splitlines()
