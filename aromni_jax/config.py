@@ -155,7 +155,8 @@ class DataConfig:
     `weight_unit` says what a share counts, and a share s becomes s ** (1 / `temperature`). When a data set has been
     read once it begins again, or (`when_exhausted`) the run stops as soon as one, without weights all, has been read
     `epochs` times. `duplicates` says whether copies of a record within a data set are read too. All of this may change
-    between two starts of a run: every data set goes on where it stood.
+    between two starts of a run: every data set goes on where it stood. `verify` reads every shard before the first step
+    and compares its SHA-256; without it, what a record's own hash finds is found when the record is read.
     `num_workers` threads read ahead (0: the caller reads), up to `prefetch_batches` batches; neither changes the order.
     `evaluation` names held-out data sets ({name: directory}), of which `evaluation_examples` each (0: all) are measured
     every `eval_every_steps`.
@@ -172,6 +173,7 @@ class DataConfig:
     when_exhausted: typing.Literal["repeat", "stop"] = "repeat"
     epochs: int = 1
     duplicates: typing.Literal["keep", "drop"] = "keep"
+    verify: bool = False
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

@@ -50,6 +50,7 @@ def train_defaults() -> ConfigDict:
                 when_exhausted="repeat",
                 epochs=1,
                 duplicates="keep",
+                verify=False,
                 num_workers=1,
                 prefetch_batches=2,
                 shuffle=True,

@@ -21,16 +21,20 @@ Duplicates = Literal["keep", "drop"]
 
 
 def open_dataset(
-    directory: str | os.PathLike[str], vocab: JointVocab | None = None, *, duplicates: Duplicates = "keep"
+    directory: str | os.PathLike[str],
+    vocab: JointVocab | None = None,
+    *,
+    duplicates: Duplicates = "keep",
+    verify: bool = False,
 ) -> TokenDataset:
     """A finished data set, with all its records or (`drop`) with the first copy of each alone.
 
     Copies are looked for within the data set: what it holds does not depend on which others it is mixed with.
 
     Raises:
-      ValueError: see `TokenDataset`; or it stores no hashes.
+      ValueError: see `TokenDataset`.
     """
-    dataset = TokenDataset(directory, vocab)
+    dataset = TokenDataset(directory, vocab, verify=verify)
     if duplicates == "keep":
         return dataset
     (kept_N,) = first_copies([dataset.hashes_N])
@@ -67,18 +71,15 @@ class FirstCopies(TokenDataset):
         self._kept = np.flatnonzero(kept_N)
         self._left_out = np.flatnonzero(~kept_N)
         self.directory, self.dataset, self.markers = whole.directory, whole.dataset, whole.markers
-        self.lengths_N, self.tasks_N = whole.lengths_N[self._kept], whole.tasks_N[self._kept]
+        self.lengths_N, self.tasks_N, self.hashes_N = (
+            values_N[self._kept] for values_N in (whole.lengths_N, whole.tasks_N, whole.hashes_N)
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
         """Equal exactly when the records are the same."""
         left_out = self._left_out.astype("<i8").tobytes()
         return hashlib.sha256(self._whole.fingerprint.encode() + left_out).hexdigest()[:16]
-
-    @functools.cached_property
-    def hashes_N(self) -> np.ndarray:
-        """uint64 `content_hash` of each record: all differ."""
-        return self._whole.hashes_N[self._kept]
 
     @functools.cached_property
     def unigram_V(self) -> np.ndarray:

@@ -54,7 +54,10 @@ class Mixture:
             name: from_mapping(MixtureEntry, entry, f"data.mixture.{name}") for name, entry in data.mixture.items()
         }
         self.names = list(entries)
-        self.datasets = [open_dataset(entry.path, vocab, duplicates=data.duplicates) for entry in entries.values()]
+        self.datasets = [
+            open_dataset(entry.path, vocab, duplicates=data.duplicates, verify=data.verify)
+            for entry in entries.values()
+        ]
         for name, dataset in zip(entries, self.datasets, strict=True):
             if not len(dataset):
                 raise ValueError(f"config key 'data.mixture.{name}': the data set {dataset.directory} has no records")

@@ -228,7 +228,10 @@ class PlannedRows:
     def _as_described(self, old: Mapping[str, Any], plan: str) -> PlannedRows:
         """The rows of an earlier start, whose data sets may have left the mixture since."""
         here = {dataset.fingerprint: dataset for dataset in self._stream.datasets}
-        datasets = [here.get(entry["fingerprint"]) or open_dataset(entry["path"], duplicates=entry["duplicates"]) for entry in old["datasets"]]
+        datasets = [
+            here.get(entry["fingerprint"]) or open_dataset(entry["path"], duplicates=entry["duplicates"])
+            for entry in old["datasets"]
+        ]
         rows = PlannedRows(
             DocumentStream(
                 datasets,

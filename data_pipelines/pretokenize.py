@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import socket
 import time
@@ -96,7 +97,8 @@ class _Job:
         identity = {"format_version": records.FORMAT_VERSION, "vocab": self.vocab.fingerprint, **self.description}
         self.run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.suffix = f"{socket.gethostname()}-{os.getpid()}"
+        # Pods that try one index again have the same host name and process number.
+        self.suffix = f"{socket.gethostname()}-{secrets.token_hex(4)}-{os.getpid()}"
         self._sweep()
 
     def unit(self, index: int) -> range:
@@ -105,7 +107,8 @@ class _Job:
         return range(start, min(start + self.config.records_per_shard, len(self.source)))
 
     def run_units(self, mine: Sequence[int], total: int, progress: Progress) -> None:
-        allowed = int(self.config.max_bad_fraction * total)
+        # Of the whole source: what is allowed does not depend on the number of workers; `finalize` adds theirs up.
+        allowed = int(self.config.max_bad_fraction * len(self.source))
         started, done, bad = time.monotonic(), 0, 0
 
         def report(share_of_shard: float) -> None:
@@ -132,7 +135,7 @@ class _Job:
         """Removes what killed processes left behind; files of a live process, or of another host today, stay."""
         host = socket.gethostname()
         for leftover in self.directory.glob(".tmp-*"):
-            owner, _, process_id = leftover.name.rpartition("-")
+            owner, _, process_id = (leftover.name.rsplit("-", 2) + ["", ""])[:3]
             local_and_dead = owner.endswith(f"-{host}") and process_id.isdigit() and not _is_alive(int(process_id))
             try:
                 if not local_and_dead and time.time() - leftover.stat().st_mtime < _STALE_SECONDS:
@@ -162,7 +165,7 @@ class _Job:
             first = next(line for line in quarantine if line["stage"] not in CHOSEN_STAGES)
             raise ValueError(
                 f"too many bad records: {_num_bad(reasons)} in {shard_name(index)}, more than max_bad_fraction "
-                f"{self.config.max_bad_fraction} of this worker's records; the first: {first['error']}"
+                f"{self.config.max_bad_fraction} of all records; the first: {first['error']}"
             )
         # The quarantine file goes first: the marker that `write_shard` writes last vouches for both.
         lines = "".join(json.dumps(line) + "\n" for line in quarantine)
@@ -210,15 +213,24 @@ class _Job:
                 os.rename(temporary, self.directory / "tokenizers")
             except OSError:  # another process was first; both wrote the same files
                 shutil.rmtree(temporary)
-        device = {"device_kind": jax.devices()[0].device_kind}
         records.finalize(
             self.directory,
             self.num_units,
             run=self.run,
             vocab=self.vocab,
-            description=self.description | device,
+            description=self.description | {"device_kind": self._device_kind()},
             suffix=self.suffix,
         )
+
+    def _device_kind(self) -> str:
+        """What encoded the media: a later start that finds every shard finished does not know better."""
+        try:
+            written = records.unsealed((self.directory / records.DATASET_FILE).read_bytes())
+            if written["run"] == self.run:
+                return str(written["device_kind"])
+        except (OSError, ValueError, KeyError):
+            pass  # not there yet, or to be written anew
+        return jax.devices()[0].device_kind
 
 
 def _opened(tokenizers: str) -> tuple[TokenizerBundle, JointVocab]:

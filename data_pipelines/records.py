@@ -283,9 +283,9 @@ def read_vocab(directory: pathlib.Path) -> JointVocab:
 class TokenDataset:
     """A finished data set, by record index across shards; opening it checks that every shard is there and whole.
 
-    `lengths_N` (tokens per record) and `tasks_N` are arrays; `dataset` is the content of `dataset.json`. `verify` reads
-    every shard and compares SHA-256, which finds any flipped bit; otherwise sizes are compared and ArrayRecord's own
-    hashes guard each record as it is read.
+    `lengths_N` (tokens per record), `tasks_N` and `hashes_N` (`content_hash`) are arrays; `dataset` is the content of
+    `dataset.json`. `verify` reads every shard and compares SHA-256, which finds any flipped bit; otherwise sizes are
+    compared and ArrayRecord's own hashes guard each record as it is read.
 
     Raises:
       ValueError: not a data set, made with another vocabulary, or a shard is missing, empty, truncated or changed.
@@ -311,7 +311,7 @@ class TokenDataset:
         indices = [self._check_shard(marker, verify) for marker in self.markers]
         self.lengths_N = np.concatenate([index["lengths_N"] for index in indices])
         self.tasks_N = np.concatenate([index["tasks_N"] for index in indices])
-        self._hashes = [index["hashes_N"] for index in indices if "hashes_N" in index]
+        self.hashes_N = np.concatenate([index["hashes_N"] for index in indices])
         self._first_records = list(itertools.accumulate((marker.records for marker in self.markers), initial=0))
         self._local = threading.local()
 
@@ -319,16 +319,6 @@ class TokenDataset:
     def fingerprint(self) -> str:
         """Equal exactly when the records are the same."""
         return self.dataset["fingerprint"]
-
-    @functools.cached_property
-    def hashes_N(self) -> np.ndarray:
-        """uint64 `content_hash` of each record; ValueError when the shards were made before hashes were stored."""
-        if len(self._hashes) < len(self.markers):
-            raise ValueError(
-                f"the shards of {self.directory} hold no content hashes, so its duplicates are not known; keep "
-                "duplicates, or run `aromni pretokenize` again into another directory"
-            )
-        return np.concatenate(self._hashes)
 
     @functools.cached_property
     def unigram_V(self) -> np.ndarray:
@@ -358,7 +348,7 @@ class TokenDataset:
         if not index_path.exists() or _sha256(index_path) != marker.index_sha256:
             raise ValueError(f"the index {index_path} is missing or damaged; {remedy}")
         with np.load(index_path) as index:
-            return {name: index[name] for name in ("lengths_N", "tasks_N", "hashes_N") if name in index}
+            return {name: index[name] for name in ("lengths_N", "tasks_N", "hashes_N")}
 
     def __len__(self) -> int:
         return self._first_records[-1]

@@ -90,7 +90,9 @@ def _measured(directory: Path, repeats: int) -> dict[str, Any]:
         f"ours {speed['ours'] / 1e6:.1f}, peer {speed['peer'] / 1e6:.1f}, reading alone {speed['limit'] / 1e6:.1f} M "
         f"tokens per CPU second; ratio to peer {result['ratio_to_peer']:.2f}, to reading {share:.2f}: {share:.0%} of "
         f"the time is reading, so it is bound by {result['bound_by']}\n"
-        f"rows {fill:.2%} full, the peer's {peer_fill:.2%}; {stored:.2f} bytes a token in the shards\n"
+        f"a token costs {1e9 / speed['ours']:.0f} ns of the processor, {1e9 / speed['limit']:.0f} of them reading, and "
+        f"{stored:.2f} bytes in the shards\n"
+        f"rows {fill:.2%} full, the peer's {peer_fill:.2%}\n"
         f"first batch after {first_batch_seconds:.2f} s; plans "
         f"{result['planned_documents_per_cpu_second'] / 1e6:.2f} M documents per CPU second",
         flush=True,

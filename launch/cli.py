@@ -13,7 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("launch.quickstart", "the main job on the embedded corpus, from raw data to a report"),
     "tokenizer": ("launch.tokenizer", "train and try text, image and speech tokenizers"),
     "pretokenize": ("launch.pretokenize", "raw corpus to token shards; any number of processes, again after a crash"),
-    "show": ("launch.show", "one packed row for a human: segments, roles, weights, text, pictures, sound"),
+    "show": ("launch.show", "a data set for a human: one packed row to read, see and hear, or statistics of all"),
     "train": ("launch.train", "pretraining and SFT; the same command resumes"),
     "plan": ("launch.plan", "compile the train step for a TPU pod that is not here: does it fit, how fast can it be"),
     "export": ("launch.export", "a Hugging Face Chameleon directory from a checkpoint"),

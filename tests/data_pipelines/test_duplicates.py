@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pathlib
 
@@ -14,8 +13,8 @@ from aromni_jax.tokenizers import joint
 from aromni_jax.tokenizers.prompts import load_templates
 from data_pipelines.duplicates import first_copies, open_dataset
 from data_pipelines.pretokenize import pretokenize
-from data_pipelines.records import StoredExample, TokenDataset, content_hash, sealed, target_counts_MR, unsealed
-from tests.fixtures.data_fakes import config_for, fake_bundle, make_dataset, write_corpus
+from data_pipelines.records import StoredExample, TokenDataset, content_hash, target_counts_MR
+from tests.fixtures.data_fakes import config_for, fake_bundle, write_corpus
 
 BUNDLE = fake_bundle()
 VOCAB = BUNDLE.vocab()
@@ -111,18 +110,3 @@ def test_a_data_set_without_its_copies_is_one_like_any_other(tmp_path: pathlib.P
     assert pretokenize(config_for(manifest), tmp_path / "no copies", bundle=BUNDLE)
     alone = [open_dataset(tmp_path / "no copies", duplicates=choice) for choice in ("keep", "drop")]  # type: ignore[arg-type]
     assert alone[0].fingerprint == alone[1].fingerprint
-
-
-def test_a_data_set_from_before_hashes_opens_and_says_what_it_lacks(tmp_path: pathlib.Path) -> None:
-    data = make_dataset(tmp_path, 20)
-    described = unsealed((data / "dataset.json").read_bytes())
-    index = data / "shard_00001.npz"
-    with np.load(index) as arrays:
-        old = {name: arrays[name] for name in arrays if name != "hashes_N"}
-    np.savez(index, **old)
-    described["shards"][1]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
-    (data / "dataset.json").write_text(sealed(described))
-    dataset = TokenDataset(data)
-    assert len(dataset) == 20 and dataset[19].tokens_L.size
-    with pytest.raises(ValueError, match="hold no content hashes.*keep duplicates"):
-        dataset.hashes_N  # noqa: B018

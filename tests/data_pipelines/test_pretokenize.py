@@ -74,6 +74,44 @@ def test_bad_records_are_quarantined_with_reasons(tmp_path: pathlib.Path) -> Non
     assert not (tmp_path / "strict" / "dataset.json").exists()
 
 
+def test_what_is_allowed_to_be_bad_does_not_depend_on_the_number_of_workers(tmp_path: pathlib.Path) -> None:
+    """One bad record of 48 is allowed, though it is one of a worker's 16; two are not, though no worker has two."""
+    manifest = write_corpus(tmp_path / "corpus", 48)
+    config = config_for(manifest, max_bad_fraction=0.03)
+
+    def worker(index: int, output: str) -> bool:
+        return pretokenize(config, tmp_path / output, shard_index=index, num_shards=3, bundle=fake_bundle())
+
+    (manifest.parent / "picture_0.png").unlink()
+    assert [worker(index, "one") for index in range(3)] == [False, False, True]
+    (manifest.parent / "picture_20.png").unlink()
+    assert [worker(index, "two") for index in range(2)] == [False, False]
+    with pytest.raises(ValueError, match="2 of 48 records are bad, more than max_bad_fraction 0.03"):
+        worker(2, "two")
+
+
+def test_what_encoded_the_media_stays_known(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_dataset(tmp_path, 20)
+    before = (data / "dataset.json").read_bytes()
+    monkeypatch.setattr("jax.devices", lambda: pytest.fail("asked again"))
+    assert pretokenize(config_for(tmp_path / "corpus-data" / "manifest.jsonl"), data, bundle=fake_bundle())
+    assert (data / "dataset.json").read_bytes() == before
+
+
+def test_a_pod_that_is_tried_again_writes_beside_the_one_before(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Host name and process number are the same, temporary names are not; what a dead process left goes."""
+    from data_pipelines.pretokenize import _Job
+
+    manifest = write_corpus(tmp_path / "corpus", 10)
+    first = _Job(config_for(manifest), tmp_path / "data", fake_bundle())
+    monkeypatch.setattr("data_pipelines.pretokenize._is_alive", lambda process_id: False)
+    (tmp_path / "data" / f".tmp-shard_00000-data-{first.suffix}").write_bytes(b"half")
+    second = _Job(config_for(manifest), tmp_path / "data", fake_bundle())
+    assert first.suffix != second.suffix and not list((tmp_path / "data").glob(".tmp-*"))
+
+
 def test_records_too_long_are_dropped_and_counted_or_an_error(tmp_path: pathlib.Path) -> None:
     manifest = write_corpus(tmp_path / "corpus", 40)
     assert pretokenize(config_for(manifest, max_tokens=40), tmp_path / "data", bundle=fake_bundle())
