@@ -36,6 +36,8 @@ MAY_CHANGE = (
     "data.temperature",
     "data.when_exhausted",
     "data.epochs",
+    "data.duplicates",
+    "data.verify",
     "data.num_workers",
     "data.prefetch_batches",
     "data.evaluation",
