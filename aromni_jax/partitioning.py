@@ -179,10 +179,24 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return traced
 
 
+def num_shards(name: str) -> int:
+    """Into how many parts the mesh in context splits a logical axis (1 without a mesh)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name])
+
+
 def num_batch_shards() -> int:
     """Into how many parts the mesh in context splits rows of a batch (1 without a mesh)."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return num_shards("batch")
+
+
+def device_kind() -> str:
+    """Kind of the devices of the mesh in context, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; "" without one.
+
+    Known while a program is traced, also for devices that are not here.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else ""
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -38,7 +38,7 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots", "attention"] = "none"
     scan_layers: bool = True
-    attention: Literal["auto", "reference", "blocked"] = "auto"
+    attention: Literal["auto", "reference", "blocked", "splash", "cudnn"] = "auto"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -7,9 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from aromni_jax.models.attention import attention, cached_attention
+from aromni_jax.models.attention_kernels import ATTENDED
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.kv_cache import KVCache
 from aromni_jax.models.rope import Rotation, rotate
@@ -21,7 +21,7 @@ QK_NORM_EPS = 1e-5
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attended"),
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
 }
 """What a layer keeps for its backward pass: nothing, each matmul with weights, attention's output; "none" keeps all."""
 
@@ -99,7 +99,6 @@ class Attention(nn.Module):
             slots_BL = cache.slots(positions_BL, segment_ids_BL)
             cache, keys_BSKH, values_BSKH = cache.write(layer, slots_BL, k_BLKH, v_BLKH)
             attended_BLNH = cached_attention(q_BLNH, keys_BSKH, values_BSKH, positions_BL)
-        attended_BLNH = checkpoint_name(attended_BLNH, "attended")
         init = logical(_fan_in((0, 1), (2,)), "heads", "head_dim", "embed")
         w_NHD = self.param("o", init, (N, H, D), param_dtype).astype(dtype)
         return jnp.einsum("BLNH,NHD->BLD", attended_BLNH, w_NHD), cache

@@ -1,0 +1,196 @@
+"""Ways to compute causal attention on one device: blocks of queries in XLA, splash on TPU, cuDNN's flash on GPU.
+
+They share one signature: queries [B, L, N, H], keys and values [B, S, K, H], the segments of both, and where in the row
+of S tokens the L queries stand. None keeps scores for the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+ATTENDED = "attended"
+"""Checkpoint name of what attention returns, and of the log-sum that its backward pass needs besides."""
+
+MASKED = -1e30
+"""Score of a forbidden pair: finite, so that a row without any allowed key stays a number."""
+
+BLOCK_LENGTH = 128
+MAX_BLOCKS = 8
+"""Blocked attention takes blocks of at least 128 queries and at most 8 of them (each is compiled on its own)."""
+
+_SPLASH_LANES = 128
+_SPLASH_BLOCK_LENGTH = 512
+"""Splash works on blocks of queries and keys: multiples of 128, here at most 512 long (scores of 1 MiB in VMEM)."""
+
+
+def same_segment(queries_BL: jax.Array, keys_BS: jax.Array) -> jax.Array:
+    """bool [B, L, S]: query and key are of one document (or both padding)."""
+    return queries_BL[:, :, None] == keys_BS[:, None, :]
+
+
+def takes_splash(num_queries: int, head_dim: int) -> bool:
+    """Whether the splash kernel has these shapes: whole lanes of queries, heads that fill at least half of a lane."""
+    return num_queries % _SPLASH_LANES == 0 and head_dim >= 64 and head_dim % 32 == 0
+
+
+def splash_kernel(num_queries: int, num_keys: int, *, num_parts: int, interpret: bool) -> Any:
+    """The kernel for rows of `num_keys` tokens, of which each of `num_parts` devices holds `num_queries` queries.
+
+    It carries which blocks each device may skip. `splash_attention` takes it as `where`; inside `shard_map` its spec is
+    `kernel.manual_sharding_spec`. `interpret` runs it step by step on any device: for tests.
+    """
+    # Imported here, because Pallas takes long to load and few runs have a TPU.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    def block(length: int) -> int:
+        lengths = range(_SPLASH_LANES, _SPLASH_BLOCK_LENGTH + 1, _SPLASH_LANES)
+        return max(size for size in lengths if length % size == 0)
+
+    q, kv = block(num_queries), block(num_keys)
+    sizes = splash.BlockSizes(
+        block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv, block_q_dq=q, block_kv_dq=kv
+    )
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([splash.CausalMask((num_keys, num_keys))]),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=num_parts,
+        residual_checkpoint_name=ATTENDED,
+        interpret=interpret,
+    )
+
+
+def splash_attention(
+    kernel: Any, q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries_BL: jax.Array, keys_BS: jax.Array
+) -> jax.Array:
+    """The Pallas kernel of `splash_kernel`, for every row. Returns [B, L, N, H]."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    scaled_BLNH = (q_BLNH.astype(jnp.float32) * q_BLNH.shape[-1] ** -0.5).astype(q_BLNH.dtype)
+    q_BNLH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (scaled_BLNH, k_BSKH, v_BSKH))
+    return jax.vmap(kernel)(q_BNLH, k_BKSH, v_BKSH, SegmentIds(queries_BL, keys_BS)).swapaxes(1, 2)
+
+
+def takes_cudnn(num_queries: int, head_dim: int, dtype: Any) -> bool:
+    """Whether cuDNN's flash attention has these shapes on every GPU it runs on (Ampere and later)."""
+    is_half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return is_half and num_queries % 2 == 0 and head_dim <= 128 and head_dim % 8 == 0
+
+
+def cudnn_attention(
+    indices_L: jax.Array,
+    q_BLNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    queries_BL: jax.Array,
+    keys_BS: jax.Array,
+) -> jax.Array:
+    """cuDNN's flash attention; documents reach it as a bias of one number per pair, shared by all heads.
+
+    That is 32 MiB for a row of 4096 tokens. Keys after the query are skipped when the device has all queries.
+    """
+    has_all_queries = q_BLNH.shape[1] == k_BSKH.shape[1]
+    mask_BLS = same_segment(queries_BL, keys_BS)
+    if not has_all_queries:
+        mask_BLS &= indices_L[:, None] >= jnp.arange(k_BSKH.shape[1])
+    out_BLNH = jax.nn.dot_product_attention(
+        q_BLNH, k_BSKH, v_BSKH, mask=mask_BLS[:, None], is_causal=has_all_queries, implementation="cudnn"
+    )
+    return checkpoint_name(out_BLNH, ATTENDED)
+
+
+def blocked_attention(
+    indices_L: jax.Array,
+    q_BLNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    queries_BL: jax.Array,
+    keys_BS: jax.Array,
+) -> jax.Array:
+    """Scores of one block of queries at a time, computed again in the backward pass. Returns [B, L, N, H].
+
+    `indices_L` are the places of the queries in their row. When they are the whole row, keys after a block are skipped.
+    """
+    groups = q_BLNH.shape[2] // k_BSKH.shape[2]
+    k_BSNH, v_BSNH = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k_BSKH, v_BSKH))
+    q_BNLH, k_BNSH, v_BNSH = (x.swapaxes(1, 2) for x in (q_BLNH, k_BSNH, v_BSNH))
+    return _blocked(q_BNLH, k_BNSH, v_BNSH, (indices_L, queries_BL, keys_BS)).swapaxes(1, 2)
+
+
+_Places = tuple[jax.Array, jax.Array, jax.Array]
+"""(places of the queries in the row [L], their segments [B, L], segments of the keys [B, S])."""
+
+
+def _blocks(num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
+    """(first query, end of queries, end of the keys that they may see) of every block."""
+    size = max(BLOCK_LENGTH, -(-num_queries // MAX_BLOCKS))
+    ends = [(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
+    return [(start, stop, stop if num_queries == num_keys else num_keys) for start, stop in ends]
+
+
+def _block_scores(
+    q_BNLH: jax.Array, k_BNSH: jax.Array, places: _Places, start: int, stop: int, num_keys: int
+) -> jax.Array:
+    """Scores of queries start..stop-1 with keys 0..num_keys-1, masked, float32."""
+    indices_L, queries_BL, keys_BS = places
+    scores_BNLS = jnp.einsum(
+        "BNLH,BNSH->BNLS", q_BNLH[:, :, start:stop], k_BNSH[:, :, :num_keys], preferred_element_type=jnp.float32
+    )
+    causal_LS = indices_L[start:stop, None] >= jnp.arange(num_keys)
+    mask_BLS = causal_LS & same_segment(queries_BL[:, start:stop], keys_BS[:, :num_keys])
+    return jnp.where(mask_BLS[:, None], scores_BNLS * q_BNLH.shape[-1] ** -0.5, MASKED)
+
+
+@jax.custom_vjp
+def _blocked(q_BNLH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, places: _Places) -> jax.Array:
+    return _blocked_forward(q_BNLH, k_BNSH, v_BNSH, places)[0]
+
+
+def _blocked_forward(
+    q_BNLH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, places: _Places
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    outs, log_zs = [], []
+    for start, stop, num_keys in _blocks(q_BNLH.shape[2], k_BNSH.shape[2]):
+        scores_BNLS = _block_scores(q_BNLH, k_BNSH, places, start, stop, num_keys)
+        largest_BNL1 = scores_BNLS.max(axis=-1, keepdims=True)
+        weights_BNLS = jnp.exp(scores_BNLS - largest_BNL1)
+        z_BNL1 = weights_BNLS.sum(axis=-1, keepdims=True)
+        out_BNLH = jnp.einsum(
+            "BNLS,BNSH->BNLH",
+            weights_BNLS.astype(v_BNSH.dtype),
+            v_BNSH[:, :, :num_keys],
+            preferred_element_type=jnp.float32,
+        )
+        outs.append((out_BNLH / z_BNL1).astype(q_BNLH.dtype))
+        log_zs.append(largest_BNL1 + jnp.log(z_BNL1))
+    out_BNLH = checkpoint_name(jnp.concatenate(outs, axis=2), ATTENDED)
+    log_z_BNL1 = checkpoint_name(jnp.concatenate(log_zs, axis=2), ATTENDED)
+    return out_BNLH, (q_BNLH, k_BNSH, v_BNSH, places, out_BNLH, log_z_BNL1)
+
+
+def _blocked_backward(saved: tuple[Any, ...], d_out_BNLH: jax.Array) -> tuple[jax.Array | None, ...]:
+    q_BNLH, k_BNSH, v_BNSH, places, out_BNLH, log_z_BNL1 = saved
+    length, scale, dtype = k_BNSH.shape[2], q_BNLH.shape[-1] ** -0.5, q_BNLH.dtype
+    inner_BNL1 = jnp.sum(out_BNLH.astype(jnp.float32) * d_out_BNLH.astype(jnp.float32), axis=-1, keepdims=True)
+    d_q, d_k_BNHS, d_v_BNHS = [], jnp.zeros(()), jnp.zeros(())
+    for start, stop, num_keys in _blocks(q_BNLH.shape[2], length):
+        scores_BNLS = _block_scores(q_BNLH, k_BNSH, places, start, stop, num_keys)
+        weights_BNLS = jnp.exp(scores_BNLS - log_z_BNL1[:, :, start:stop])
+        d_out = d_out_BNLH[:, :, start:stop]
+        d_weights = jnp.einsum("BNLH,BNSH->BNLS", d_out, v_BNSH[:, :, :num_keys], preferred_element_type=jnp.float32)
+        d_scores = (weights_BNLS * (d_weights - inner_BNL1[:, :, start:stop]) * scale).astype(dtype)
+        d_q.append(jnp.einsum("BNLS,BNSH->BNLH", d_scores, k_BNSH[:, :, :num_keys]))
+        # Summed as [H, S]: the big operand is then never transposed, which is slow on CPU.
+        padding = ((0, 0), (0, 0), (0, 0), (0, length - num_keys))
+        d_k = jnp.einsum("BNLH,BNLS->BNHS", q_BNLH[:, :, start:stop], d_scores, preferred_element_type=jnp.float32)
+        d_v = jnp.einsum("BNLH,BNLS->BNHS", d_out, weights_BNLS.astype(dtype), preferred_element_type=jnp.float32)
+        d_k_BNHS, d_v_BNHS = d_k_BNHS + jnp.pad(d_k, padding), d_v_BNHS + jnp.pad(d_v, padding)
+    d_k_BNSH, d_v_BNSH = (x.swapaxes(2, 3).astype(dtype) for x in (d_k_BNHS, d_v_BNHS))
+    return jnp.concatenate(d_q, axis=2), d_k_BNSH, d_v_BNSH, None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
