@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from aromni_jax import partitioning
+from aromni_jax.config import MeshConfig
 from aromni_jax.models import config as sizes
 from aromni_jax.models.decoder import Decoder
 from aromni_jax.models.kv_cache import KVCache
@@ -100,3 +101,23 @@ def test_7b_has_the_published_size_and_flops():
 def test_wrong_models_are_explained(model, message):
     with pytest.raises(ValueError, match=message):
         sizes.resolve_model(model, 100, 8)
+
+
+def test_rows_split_over_the_context_axis_change_no_gradient():
+    """Long rows: each device holds half of the tokens and gathers keys and values, under remat inside the scan."""
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(0, 50, (4, 32)).astype(np.int32)
+    segments = np.repeat([[1, 2, 0]], [13, 15, 4], axis=1).repeat(4, axis=0).astype(np.int32)
+    positions = np.broadcast_to(np.concatenate([np.arange(13), np.arange(15), np.zeros(4)]), (4, 32)).astype(np.int32)
+    _, reference, params = build(num_kv_heads=2, num_layers=1, attention="reference")
+    split = Decoder(dataclasses.replace(reference.config, attention="blocked", remat="full"))
+    mesh = partitioning.make_mesh(MeshConfig(1, 2, 2, 2))
+
+    def gradient(decoder):
+        return jax.grad(lambda p, *ids: jnp.square(decoder.apply({"params": p}, *ids)[:, :28]).sum())
+
+    want = jax.jit(gradient(reference))(params, tokens, positions, segments)
+    ids = partitioning.put_batch([tokens, positions, segments], mesh)
+    have = jax.jit(partitioning.on_mesh(gradient(split), mesh))(params, *ids)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest, rtol=1e-5), have, want)
