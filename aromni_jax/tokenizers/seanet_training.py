@@ -144,8 +144,8 @@ SEANET_SMALL = SeanetTraining(
         log_every_steps=25,
     ),
 )
-"""16 kHz, 50 hops a second of 4 codebooks of 256: minutes on one CPU core. Causal from the first code. Not
-yet good, and not yet run to its end in this form: configs/LOG.md has what was measured."""
+"""16 kHz, 50 hops a second of 4 codebooks of 256: minutes on one CPU core. Causal from the first code. For trying the
+trainer; not good: configs/LOG.md has what was measured."""
 
 RECIPES = {"encodec": ENCODEC, "seanet-small": SEANET_SMALL}
 """By the names that `aromni tokenizer train --recipe` knows them."""
