@@ -1,19 +1,20 @@
-"""The objective as sums and weights: chunked next-token loss with z-loss, and perceptual alignment.
+"""The objective as sums and weights: next-token loss and z-loss in blocks of the vocabulary, perceptual alignment.
 
 Nothing here divides by a weight: a sum and its weight are returned, added over chunks, microbatches and devices by the
-caller, and divided once (`WeightedSum.mean`). The loss owns the unembedding, so logits exist for one chunk at a time.
+caller, and divided once (`WeightedSum.mean`). The loss owns the unembedding, so logits exist for one block at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from aromni_jax.arrays import BoolArray, FloatArray
-from aromni_jax.partitioning import constrain, num_batch_shards
+from aromni_jax.partitioning import constrain
 from aromni_jax.structs import Modality, PackedBatch, Task, WeightedSum
 
 INVALID_LOGIT = -1e30
@@ -58,58 +59,125 @@ def next_token_loss(
 ) -> NextTokenSums:
     """Weighted cross-entropy of the next token and the square of the log-partition (z-loss), both in float32.
 
-    `chunk_tokens` bounds how many tokens of one device have logits in memory at once. Rows of the table outside
-    `valid_mask_V` get probability zero. Only `total.sum` and `z_loss.sum` carry gradients.
+    A device holds logits of at most `chunk_tokens` tokens at once, or as many values: with more tokens it goes through
+    the vocabulary in blocks. Rows of the table outside `valid_mask_V` get probability zero. Only `total.sum` and
+    `z_loss.sum` carry gradients.
     """
-    B, L, D = hidden_BLD.shape
-    chunk_length = _chunk_length(L, max(1, chunk_tokens * num_batch_shards() // B))
+    B, L, _ = hidden_BLD.shape
+    num_blocks = _num_blocks(unembedding_VD.shape[0], B * L, chunk_tokens)
     table_VD = unembedding_VD.astype(hidden_BLD.dtype)
     bias_V = jnp.where(valid_mask_V, 0.0, INVALID_LOGIT)
-
-    def chunked(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(B, L // chunk_length, chunk_length, *x.shape[2:]), 1, 0)
-
-    def body(sums: NextTokenSums, chunk: tuple[jax.Array, ...]) -> tuple[NextTokenSums, None]:
-        return jax.tree.map(jnp.add, sums, _chunk_sums(table_VD, bias_V, *chunk)), None
-
-    cells = (len(Task), len(Modality))
-    zero = NextTokenSums(
-        WeightedSum.zero(), WeightedSum.zero(), WeightedSum.zero(cells), WeightedSum.zero(cells), jnp.zeros(cells)
-    )
-    facts = (batch.targets_BL, batch.loss_weights_BL, batch.task_BL, batch.modality_BL)
-    if chunk_length < L:
-        # Logits of one chunk at a time, computed again for the backward pass.
-        body = jax.checkpoint(body, prevent_cse=False)
-    sums, _ = jax.lax.scan(body, zero, tuple(map(chunked, (hidden_BLD, *facts))))
-    return sums
+    targets_BL = jnp.asarray(batch.targets_BL)
+    if num_blocks == 1:
+        over_vocabulary = _whole(hidden_BLD, table_VD, bias_V, targets_BL)
+    else:
+        over_vocabulary = _blocked(num_blocks, hidden_BLD, table_VD, bias_V, targets_BL)
+    return _sums(over_vocabulary, batch)
 
 
-def _chunk_length(length: int, wanted: int) -> int:
-    """The largest divisor of `length` that is at most `wanted`."""
-    return max(size for size in range(1, min(length, wanted) + 1) if length % size == 0)
+def _num_blocks(vocab_size: int, num_tokens: int, chunk_tokens: int) -> int:
+    """The least number of equal blocks that keeps logits [num_tokens, vocab_size / blocks] within bounds.
+
+    Logits are split over every axis of the mesh, a block over `tensor`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices, tensor = (1, 1) if mesh.empty else (mesh.size, mesh.shape["tensor"])
+    wanted = num_tokens / (devices * max(1, chunk_tokens))
+    rows = vocab_size // tensor
+    return min(count for count in range(1, rows + 1) if rows % count == 0 and (count >= wanted or count == rows))
 
 
-def _chunk_sums(
-    table_VD: jax.Array,
-    bias_V: jax.Array,
-    hidden_BLD: jax.Array,
-    targets_BL: jax.Array,
-    weights_BL: jax.Array,
-    task_BL: jax.Array,
-    modality_BL: jax.Array,
-) -> NextTokenSums:
+OverVocabulary = tuple[jax.Array, jax.Array, jax.Array]
+"""[B, L] each, float32: log-partition, logit of the target, and largest logit (which carries no gradient)."""
+
+
+def _logits(hidden_BLD: jax.Array, table_VD: jax.Array, bias_V: jax.Array) -> jax.Array:
     logits_BLV = jnp.einsum("BLD,VD->BLV", hidden_BLD, table_VD, preferred_element_type=jnp.float32) + bias_V
-    logits_BLV = constrain(logits_BLV, "batch", None, "vocab")
+    return constrain(logits_BLV, "batch", "length", "vocab")
+
+
+def _whole(hidden_BLD: jax.Array, table_VD: jax.Array, bias_V: jax.Array, targets_BL: jax.Array) -> OverVocabulary:
+    """With all logits in memory: the reference of `_blocked`."""
+    logits_BLV = _logits(hidden_BLD, table_VD, bias_V)
     largest_BL = jax.lax.stop_gradient(logits_BLV.max(axis=-1))
     log_z_BL = largest_BL + jnp.log(jnp.exp(logits_BLV - largest_BL[..., None]).sum(axis=-1))
     # Comparing with iota instead of gathering keeps a vocabulary split over devices where it is.
     is_target_BLV = jnp.arange(logits_BLV.shape[-1]) == targets_BL[..., None]
-    target_logit_BL = jnp.where(is_target_BLV, logits_BLV, 0).sum(axis=-1)
+    return log_z_BL, jnp.where(is_target_BLV, logits_BLV, 0).sum(axis=-1), largest_BL
+
+
+def _blocks(num_blocks: int, table_VD: jax.Array, bias_V: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(table [blocks, W, D], bias [blocks, W], ids [blocks, W]): block i has rows i, i + blocks, ..., so that every
+    device of the tensor axis owns a part of each block. D stays split over fsdp until a block is used."""
+    ids_nW = jnp.arange(table_VD.shape[0]).reshape(-1, num_blocks).T
+    table_WnD = table_VD.reshape(-1, num_blocks, table_VD.shape[1])
+    table_nWD = constrain(table_WnD.swapaxes(0, 1), None, "vocab", "embed")
+    return table_nWD, bias_V.reshape(-1, num_blocks).T, ids_nW
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked(
+    num_blocks: int, hidden_BLD: jax.Array, table_VD: jax.Array, bias_V: jax.Array, targets_BL: jax.Array
+) -> OverVocabulary:
+    """`_whole` with logits of one block of the vocabulary at a time, computed again for the backward pass.
+
+    A device gathers the table block by block, forward and backward, and its gradient leaves the device block by block.
+    """
+    return _blocked_forward(num_blocks, hidden_BLD, table_VD, bias_V, targets_BL)[0]
+
+
+def _blocked_forward(
+    num_blocks: int, hidden_BLD: jax.Array, table_VD: jax.Array, bias_V: jax.Array, targets_BL: jax.Array
+) -> tuple[OverVocabulary, tuple[jax.Array, ...]]:
+    def body(carry: OverVocabulary, block: tuple[jax.Array, ...]) -> tuple[OverVocabulary, None]:
+        largest_BL, z_BL, target_logit_BL = carry
+        table_WD, bias_W, ids_W = block
+        logits_BLW = _logits(hidden_BLD, constrain(table_WD, "vocab", None), bias_W)
+        new_largest_BL = jnp.maximum(largest_BL, logits_BLW.max(axis=-1))
+        z_BL = z_BL * jnp.exp(largest_BL - new_largest_BL) + jnp.exp(logits_BLW - new_largest_BL[..., None]).sum(
+            axis=-1
+        )
+        target_logit_BL += jnp.where(ids_W == targets_BL[..., None], logits_BLW, 0).sum(axis=-1)
+        return (new_largest_BL, z_BL, target_logit_BL), None
+
+    zero_BL = jnp.zeros(targets_BL.shape, jnp.float32)
+    blocks = _blocks(num_blocks, table_VD, bias_V)
+    (largest_BL, z_BL, target_logit_BL), _ = jax.lax.scan(body, (zero_BL + INVALID_LOGIT, zero_BL, zero_BL), blocks)
+    log_z_BL = largest_BL + jnp.log(z_BL)
+    return (log_z_BL, target_logit_BL, largest_BL), (hidden_BLD, table_VD, bias_V, targets_BL, log_z_BL)
+
+
+def _blocked_backward(
+    num_blocks: int, saved: tuple[jax.Array, ...], d_out: OverVocabulary
+) -> tuple[jax.Array | None, ...]:
+    hidden_BLD, table_VD, bias_V, targets_BL, log_z_BL = saved
+    d_log_z_BL, d_target_logit_BL, _ = d_out
+
+    def body(d_hidden_BLD: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        table_WD, bias_W, ids_W = block
+        table_WD = constrain(table_WD, "vocab", None)
+        probability_BLW = jnp.exp(_logits(hidden_BLD, table_WD, bias_W) - log_z_BL[..., None])
+        d_target_BLW = jnp.where(ids_W == targets_BL[..., None], d_target_logit_BL[..., None], 0)
+        d_logits_BLW = (probability_BLW * d_log_z_BL[..., None] + d_target_BLW).astype(hidden_BLD.dtype)
+        d_table_WD = jnp.einsum("BLW,BLD->WD", d_logits_BLW, hidden_BLD)
+        d_hidden_BLD += jnp.einsum("BLW,WD->BLD", d_logits_BLW, table_WD, preferred_element_type=jnp.float32)
+        return constrain(d_hidden_BLD, "batch", "length", None), constrain(d_table_WD, "vocab", "embed")
+
+    start_BLD = jnp.zeros(hidden_BLD.shape, jnp.float32)
+    d_hidden_BLD, d_table_nWD = jax.lax.scan(body, start_BLD, _blocks(num_blocks, table_VD, bias_V))
+    return d_hidden_BLD.astype(hidden_BLD.dtype), d_table_nWD.swapaxes(0, 1).reshape(table_VD.shape), None, None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _sums(over_vocabulary: OverVocabulary, batch: PackedBatch) -> NextTokenSums:
+    log_z_BL, target_logit_BL, largest_BL = over_vocabulary
     loss_BL = log_z_BL - target_logit_BL
-    weights_BL = weights_BL.astype(jnp.float32)
+    weights_BL = jnp.asarray(batch.loss_weights_BL, jnp.float32)
     weight = weights_BL.sum()
 
-    cell_BL = task_BL.astype(jnp.int32) * len(Modality) + modality_BL
+    cell_BL = batch.task_BL.astype(jnp.int32) * len(Modality) + batch.modality_BL
     cells_BLX = jax.nn.one_hot(cell_BL, len(Task) * len(Modality), dtype=jnp.float32)
 
     def by_cell(values_BL: jax.Array) -> jax.Array:

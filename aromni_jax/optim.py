@@ -17,7 +17,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 from aromni_jax.arrays import PyTree
 from aromni_jax.config import OptimizerConfig
 
-DECAYED = frozenset({"q", "k", "v", "o", "gate", "up", "down", "unembedding", "kernel"})
+LAYER_MATRICES = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
+DECAYED = LAYER_MATRICES | {"unembedding", "kernel"}
 UNDECAYED = frozenset({"embedding", "scale", "bias"})
 
 MUON_MATRICES: dict[str, MuonDimensionNumbers] = {
@@ -75,7 +76,7 @@ def decay_mask(params: PyTree) -> PyTree:
     """
 
     def decide(path: tuple[Any, ...], _: Any) -> bool:
-        name = _parameter_name(path)
+        name = parameter_name(path)
         if name not in DECAYED | UNDECAYED:
             raise ValueError(
                 f"parameter {jax.tree_util.keystr(path)} has no weight-decay rule; "
@@ -86,14 +87,15 @@ def decay_mask(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(decide, params)
 
 
-def _parameter_name(path: tuple[Any, ...]) -> str:
+def parameter_name(path: tuple[Any, ...]) -> str:
+    """The last key of a parameter's path, such as "q"."""
     # Parameters boxed with logical names have one more step in their path, which is no dictionary key.
     return next(str(step.key) for step in reversed(path) if isinstance(step, jax.tree_util.DictKey))
 
 
 def muon_axes(params: PyTree) -> PyTree:
     """`MUON_MATRICES` for every leaf of `params`, None for those that Adam moves."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: MUON_MATRICES.get(_parameter_name(path)), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: MUON_MATRICES.get(parameter_name(path)), params)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

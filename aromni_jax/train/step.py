@@ -34,7 +34,8 @@ def _terms(
     decoder: Decoder, loss: LossConfig, vocab: JointVocab, params: PyTree, frozen: Frozen, batch: PackedBatch
 ) -> tuple[losses.NextTokenSums, WeightedSum]:
     """Next-token sums and the perceptual (sum, weight) of one microbatch."""
-    hidden_BLD: Any = decoder.apply({"params": params}, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
+    cast = {"params": cast_matrices(decoder.config, params)}
+    hidden_BLD: Any = decoder.apply(cast, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
     next_token = losses.next_token_loss(
         hidden_BLD, params["unembedding"], batch, valid_mask_V=vocab.valid_mask_V, chunk_tokens=loss.chunk_tokens
     )
@@ -45,6 +46,18 @@ def _terms(
         projected_BLE, batch, frozen["image_codebook"], image_start=vocab.image.start, mode=loss.perceptual_mode
     )
     return next_token, perceptual
+
+
+def cast_matrices(model: ModelConfig, params: PyTree) -> PyTree:
+    """`params` with the matrices of all layers in the compute type, in which a layer would use them anyway.
+
+    Cast before the loop over layers, each device casts its own part and gathers move the narrower type.
+    """
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf.astype(model.dtype) if optim.parameter_name(path) in optim.LAYER_MATRICES else leaf
+
+    return params | {"layers": jax.tree_util.tree_map_with_path(cast, params["layers"])}
 
 
 def _is_aligned(model: ModelConfig, loss: LossConfig) -> bool:
