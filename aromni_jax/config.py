@@ -194,7 +194,11 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run. `model` is a named size, or a mapping of ModelConfig fields (`size`: what it starts from)."""
+    """One training run. `model` is a named size, or a mapping of ModelConfig fields (`size`: what it starts from).
+
+    A process in which no step ends for `watchdog_seconds` (0: for ever) writes its stacks down and ends with status 75;
+    compiling, restoring, evaluating and saving may take six times as long.
+    """
 
     seed: int
     model: str | dict[str, Any]
@@ -210,6 +214,7 @@ class TrainConfig:
     init_from: str
     log_every_steps: int
     eval_every_steps: int
+    watchdog_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         if self.global_batch_size % self.gradient_accumulation_steps:
@@ -220,3 +225,5 @@ class TrainConfig:
         for name in ("total_steps", "global_batch_size", "sequence_length", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 _fail(name, f"must be at least 1, not {getattr(self, name)}")
+        if self.watchdog_seconds < 0:
+            _fail("watchdog_seconds", f"must be positive, or 0 for no watchdog, not {self.watchdog_seconds}")

@@ -60,6 +60,7 @@ def train_defaults() -> ConfigDict:
             init_from="",
             log_every_steps=10,
             eval_every_steps=0,
+            watchdog_seconds=600.0,
         ),
         type_safe=True,
     )

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+
+from aromni_jax.train.watchdog import EXIT_TRY_AGAIN
 
 log = logging.getLogger(__name__)
 
@@ -15,6 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator_address", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num_processes", type=int, metavar="N", help="processes in the run")
     group.add_argument("--process_id", type=int, metavar="I", help="this process, 0..N-1")
+    group.add_argument(
+        "--heartbeat_timeout_seconds",
+        type=int,
+        default=100,
+        metavar="S",
+        help="a process not heard of for so long is dead, and all others end (default: 100)",
+    )
 
 
 def cluster_environment() -> str | None:
@@ -38,12 +53,15 @@ def connect(args: argparse.Namespace) -> None:
     """
     import jax
 
+    if args.heartbeat_timeout_seconds < 1:
+        raise ValueError(f"--heartbeat_timeout_seconds={args.heartbeat_timeout_seconds} must be at least 1")
+    timeout = {"heartbeat_timeout_seconds": args.heartbeat_timeout_seconds}
     given = [args.coordinator_address, args.num_processes, args.process_id]
     if all(value is None for value in given):
         found = cluster_environment()
         if found:
             log.info("joining the processes started by %s", found)
-            jax.distributed.initialize()
+            jax.distributed.initialize(**timeout)
         return
     if any(value is None for value in given):
         raise ValueError("--coordinator_address, --num_processes and --process_id go together: give all three or none")
@@ -52,7 +70,50 @@ def connect(args: argparse.Namespace) -> None:
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if args.num_processes > 1:
-        jax.distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)
+        jax.distributed.initialize(args.coordinator_address, args.num_processes, args.process_id, **timeout)
+
+
+_CONNECTION = re.compile(
+    r"gloo|connection|socket|heartbeat|coordination|peer|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED", re.IGNORECASE
+)
+"""What the runtime says when another process is gone, as opposed to memory or a bug of our own."""
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Around work that all processes do together: one of several that fails says why and ends, without waiting.
+
+    A process that ends as usual waits for the others, and for files they write together: for ever, once one has failed.
+    When the failure is that another process is gone, this one ends with `EXIT_TRY_AGAIN`. A process on its own just
+    fails.
+    """
+    import jax
+
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        cause = str(error).strip().split("\n")[0][:200]
+        status, place = 1, f"process {jax.process_index()} of {jax.process_count()}"
+        if isinstance(error, jax.errors.JaxRuntimeError) and _CONNECTION.search(str(error)):
+            status = EXIT_TRY_AGAIN
+            print(
+                f"aromni: error: {place} lost another process ({cause}); leaving with status {status}: "
+                "start all of them again with the same command",
+                file=sys.stderr,
+            )
+        elif isinstance(error, ValueError):
+            print(f"aromni: error: {place}: {cause}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            print(f"aromni: error: {place} failed: {type(error).__name__}: {cause}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if jax.process_index() == 0:
+            # The others end with it, by a signal: let them say first what they know.
+            time.sleep(2)
+        os._exit(status)
 
 
 def quiet_all_but_one() -> None:

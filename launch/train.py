@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Trains until `total_steps`, or until SIGTERM or SIGINT, which save and end with exit status 0."""
+    started = time.monotonic()
     config_dict = load_config(args)
     start_logging()
     keep_freed_memory_on_cpu()
@@ -55,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
         if not (first.isdigit() and last.isdigit()):
             raise ValueError(f"--profile_steps={args.profile_steps}: give FIRST:LAST, for example 10:15")
         hooks.append(ProfilerWindow(pathlib.Path(args.workdir), int(first), int(last)))
-    run_training(config, args.workdir, hooks)
+    run_training(config, args.workdir, hooks, started=started)
     return 0
 
 
@@ -86,11 +88,13 @@ def run_training(
     *,
     evaluate: Callable[[TrainState, int], dict[str, Any]] | None = None,
     with_progress: bool = True,
+    started: float | None = None,
 ) -> TrainResult:
     """Trains `config` in `workdir` from the newest checkpoint there, or from the beginning.
 
     `evaluate(state, step)`, by default the losses on `data.evaluation`, runs every `config.eval_every_steps`; its
-    numbers go to `evaluations.jsonl` and the hooks.
+    numbers go to `evaluations.jsonl` and the hooks. The first step is timed from `started` (`time.monotonic()`), by
+    default from now.
 
     Raises:
       ValueError: the workdir cannot be written or belongs to another config, vocabulary or data set, every checkpoint
@@ -108,9 +112,11 @@ def run_training(
     from aromni_jax.train.metrics import MetricsWindow, peak_flops
     from aromni_jax.train.state import abstract_state, init_state
     from aromni_jax.train.step import make_train_step
+    from aromni_jax.train.watchdog import Watchdog
     from launch.heldout import HeldOutLosses
     from launch.training_data import open_data
 
+    started = time.monotonic() if started is None else started
     path = workdirs.prepare(workdir)
     resolved = json.loads(to_json(config))
     mesh = partitioning.make_mesh(config.mesh)
@@ -131,7 +137,11 @@ def run_training(
     with contextlib.ExitStack() as stack:
         if is_main:
             stack.enter_context(workdirs.locked(path))
+        watchdog = stack.enter_context(
+            Watchdog(path, config.watchdog_seconds, jax.process_index(), jax.process_count())
+        )
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(path, config.checkpoint)))
+        stack.enter_context(distributed.leaving_at_once())
         check = _identity_check(path, resolved, vocab, batches)
         restored = checkpointer.restore_latest(wanted, check)
         if restored:
@@ -177,6 +187,8 @@ def run_training(
             evaluate=evaluate,
             flops=lambda tokens, pairs: train_flops(model, tokens, pairs),
             peak_flops=peak * mesh.size if peak else None,
+            watchdog=watchdog,
+            started=started,
         )
         result = loop.run(state, first_step)
     if result.is_interrupted:

@@ -7,6 +7,7 @@ instead of a silent recompilation.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import os
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 
 import jax
 from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
 
 from aromni_jax.arrays import PyTree
 from aromni_jax.config import TrainConfig
@@ -26,11 +28,15 @@ from aromni_jax.structs import PackedBatch
 from aromni_jax.train.checkpoint import Checkpointer, RunFacts
 from aromni_jax.train.metrics import MetricsWindow
 from aromni_jax.train.observe import Hook
+from aromni_jax.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 MAX_CONSECUTIVE_BAD_STEPS = 100
 """A run whose steps are not finite this often in a row is over: it stops with an error instead of burning hours."""
+
+COMPILE_TIMEOUT_SECONDS = 3600
+"""How long processes that have compiled the step wait for those that still do."""
 
 
 class Batches(Protocol):
@@ -124,7 +130,8 @@ class TrainLoop:
     `step` is a jitted `(state, batch) -> (state, metrics)` that donates the state; `place` makes global arrays of the
     rows this process drew; `facts` tells what a checkpoint should say, given the data position and the metrics window;
     `flops` maps (real tokens, attended pairs) of a window to model FLOPs and `peak_flops` is that of the whole mesh.
-    `evaluate(state, step)` runs every `config.eval_every_steps` and its result goes to the hooks.
+    `evaluate(state, step)` runs every `config.eval_every_steps` and its result goes to the hooks. `watchdog` hears what
+    the loop does, and `started` is the `time.monotonic()` from which the first step is timed.
     """
 
     def __init__(
@@ -141,6 +148,8 @@ class TrainLoop:
         evaluate: Callable[[PyTree, int], dict[str, Any]] | None = None,
         flops: Callable[[float, float], float] | None = None,
         peak_flops: float | None = None,
+        watchdog: Watchdog,
+        started: float,
     ):
         self._config = config
         self._jitted_step = step
@@ -153,7 +162,12 @@ class TrainLoop:
         self._evaluate = evaluate
         self._flops = flops
         self._peak_flops = peak_flops
+        self._watchdog = watchdog
+        self._started = started
         self._pending: list[_Pending] = []
+        self._is_first = True
+        self._save_stall_seconds = 0.0
+        self._start_facts: dict[str, float] = {}
         self._num_bad_in_a_row = 0
 
     def run(self, state: PyTree, first_step: int) -> LoopResult:
@@ -168,9 +182,11 @@ class TrainLoop:
         try:
             with StopRequest() as stop:
                 drawn = self._draw() if step < total else None
+                self._watchdog.enter("compile")
                 run_step = self._compile(state, drawn.batch) if drawn else None
                 for hook in self._hooks:
                     hook.on_start(step, total)
+                self._watchdog.enter("step")
                 self._restart_clock()
                 while run_step and drawn and not is_stopping:
                     state, metrics = run_step(state, drawn.batch)
@@ -182,6 +198,7 @@ class TrainLoop:
                     self._record(keep=1)
                     is_stopping = stop.agreed(step)
                     self._after_step(step, state, done.position, is_last=is_stopping or not drawn)
+                self._watchdog.enter("save")
                 self._checkpointer.wait()
             if step < total and not drawn:
                 log.warning("the data ended after step %d of %d: all its epochs have been read", step, total)
@@ -193,14 +210,24 @@ class TrainLoop:
     def _compile(self, state: PyTree, batch: PyTree) -> Callable[[PyTree, PyTree], tuple[PyTree, Any]]:
         start = time.monotonic()
         compiled = self._jitted_step.lower(state, batch).compile()
-        log.info("step compiled in %.1f s", time.monotonic() - start)
+        self._start_facts = {"compile_seconds": time.monotonic() - start}
+        # Collectives have timeouts of their own (30 s between CPUs), which a process that compiles longer would break.
+        barrier = ocp.multihost.sync_global_processes(
+            "step compiled",
+            operation_id="aromni",
+            timeout=COMPILE_TIMEOUT_SECONDS,
+            processes=set(range(jax.process_count())),
+        )
+        asyncio.run(barrier)
         return compiled
 
     def _draw(self) -> _Drawn | None:
         """The next batch, or None at the end of the data."""
+        self._watchdog.enter("data")
         start = time.monotonic()
         local_batch = next(self._batches, None)  # type: ignore[call-overload]
         wait_seconds = time.monotonic() - start
+        self._watchdog.enter("step")
         if local_batch is None:
             return None
         return _Drawn(self._place(local_batch), self._batches.state(), wait_seconds)
@@ -213,30 +240,41 @@ class TrainLoop:
             return
         self._record(keep=0)
         if is_evaluating and self._evaluate:
+            self._watchdog.enter("evaluate")
             results = self._evaluate(state, step)
             for hook in self._hooks:
                 hook.on_eval(step, results)
         if is_saving:
+            self._watchdog.enter("save")
+            start = time.monotonic()
             for hook in self._hooks:
                 hook.on_save(step)
             self._checkpointer.save(step, state, self._facts(position, self._window.to_json()))
+            self._save_stall_seconds += time.monotonic() - start
+        self._watchdog.enter("step")
         self._clock = time.monotonic()
 
     def _restart_clock(self) -> None:
         self._clock = time.monotonic()
-        self._step_seconds = self._wait_seconds = 0.0
+        self._step_seconds = self._wait_seconds = self._save_stall_seconds = 0.0
         self._num_timed_steps = 0
 
     def _record(self, keep: int) -> None:
         """Fetches the metrics of all but the newest `keep` steps and writes the lines that are due."""
         while len(self._pending) > keep:
             done = self._pending.pop(0)
-            is_good = self._window.add(jax.device_get(done.metrics))
+            start = time.monotonic()
+            metrics = jax.device_get(done.metrics)
             now = time.monotonic()
-            self._step_seconds += now - self._clock
+            is_good = self._window.add(metrics)
+            step_seconds = now - self._clock
+            self._step_seconds += step_seconds
             self._wait_seconds += done.wait_seconds
             self._num_timed_steps += 1
             self._clock = now
+            if self._is_first:
+                self._report_first_step(now - self._started)
+            self._watchdog.step_done(done.step, step_seconds, done.wait_seconds, step_seconds - (now - start))
             if is_good:
                 self._num_bad_in_a_row = 0
             else:
@@ -260,10 +298,19 @@ class TrainLoop:
             "tokens_per_second": tokens / seconds,
             "step_seconds": self._step_seconds / num_steps,
             "data_wait_seconds": self._wait_seconds / num_steps,
+            "save_stall_seconds": self._save_stall_seconds,
             "mfu": mfu,
         }
+        # Only the first line of a start has these.
+        line |= self._start_facts
+        self._start_facts = {}
         self._restart_clock()
         return line
+
+    def _report_first_step(self, seconds: float) -> None:
+        self._is_first = False
+        self._start_facts["first_step_seconds"] = seconds
+        log.info("first step after %.1f s (compile %.1f s)", seconds, self._start_facts["compile_seconds"])
 
     def _report_bad_step(self, step: int) -> None:
         keys = self._batches.describe_batch(step)

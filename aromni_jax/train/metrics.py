@@ -18,7 +18,17 @@ from aromni_jax.config import LossConfig
 from aromni_jax.structs import Modality, Task, WeightedSum
 from aromni_jax.train import workdir as workdirs
 
-TIMING_KEYS = frozenset({"tokens_per_second", "step_seconds", "data_wait_seconds", "mfu"})
+TIMING_KEYS = frozenset(
+    {
+        "tokens_per_second",
+        "step_seconds",
+        "data_wait_seconds",
+        "save_stall_seconds",
+        "first_step_seconds",
+        "compile_seconds",
+        "mfu",
+    }
+)
 """Keys of a line that depend on the machine and the moment. Every other key is a function of config and data: after a
 resume on the same mesh its values are bit-identical to those of an uninterrupted run."""
 

@@ -1,7 +1,7 @@
 """The folder of one run: may we write there, does it belong to this config, and files that are never half written.
 
 A workdir holds `config.json` (resolved), `tokenizers/` (at least `vocab.json`), `metrics.jsonl`, `evaluations.jsonl`,
-`checkpoints/` and TensorBoard events.
+`checkpoints/`, `heartbeats/` (`train.watchdog`) and TensorBoard events.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 CHECKPOINTS = "checkpoints"
+HEARTBEATS = "heartbeats"
 TOKENIZERS = "tokenizers"
 
 MAY_CHANGE = (
@@ -29,6 +30,7 @@ MAY_CHANGE = (
     "gradient_accumulation_steps",
     "log_every_steps",
     "eval_every_steps",
+    "watchdog_seconds",
     "mesh",
     "checkpoint",
     "data.mixture",

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from aromni_jax.train.checkpoint import Checkpointer, RunFacts
 from aromni_jax.train.loop import TrainLoop
 from aromni_jax.train.metrics import MetricsWindow, deterministic
 from aromni_jax.train.observe import Hook, MetricsFiles
+from aromni_jax.train.watchdog import Watchdog
 
 CELLS = (len(Task), len(Modality))
 
@@ -125,6 +127,8 @@ def train(workdir, config=None, hooks=(), bad=(), evaluate=None, step=toy_step, 
         evaluate=evaluate,
         flops=lambda tokens, pairs: tokens,
         peak_flops=1.0,
+        watchdog=Watchdog(workdir, seconds=0),
+        started=time.monotonic(),
     )
     result = loop.run(state, first_step)
     checkpointer.close()
@@ -276,3 +280,14 @@ def test_lines_say_how_fast_it_went(tmp_path):
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert line["step_seconds"] > 0 and line["data_wait_seconds"] >= 0
     assert line["mfu"] == pytest.approx(line["tokens_per_second"])
+
+
+def test_a_start_says_how_long_its_first_step_took_and_every_line_how_long_saving_stopped_the_loop(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        train(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < lines[0]["compile_seconds"] < lines[0]["first_step_seconds"]
+    assert caplog.text.count("first step after") == 1
+    assert not any("first_step_seconds" in line for line in lines[1:])
+    # Saves after steps 4 and 8 belong to the lines of 6 and 9.
+    assert [line["save_stall_seconds"] > 0 for line in lines] == [False, True, True, False]
