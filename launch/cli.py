@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pretokenize": ("launch.pretokenize", "raw corpus to token shards; any number of processes, again after a crash"),
     "show": ("launch.show", "a data set for a human: one packed row to read, see and hear, or statistics of all"),
     "train": ("launch.train", "pretraining and SFT; the same command resumes"),
+    "doctor": ("launch.doctor", "devices, versions, bandwidths, clocks and workdir of every process, before a run"),
     "plan": ("launch.plan", "compile the train step for a TPU pod that is not here: does it fit, how fast can it be"),
     "export": ("launch.export", "a Hugging Face Chameleon directory from a checkpoint"),
     "import": ("launch.import_", "a Hugging Face Chameleon directory into a checkpoint"),
