@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from aromni_jax.models.attention import attention, cached_attention
 from aromni_jax.models.attention_kernels import ATTENDED
@@ -18,12 +19,24 @@ from aromni_jax.partitioning import constrain, logical
 QK_NORM_EPS = 1e-5
 """Fixed in Chameleon, whatever `norm_eps` is."""
 
+_LAYER_INPUT = "layer_input"
+_TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[_LAYER_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "nested": jax.checkpoint_policies.nothing_saveable,
+    "offload": _TO_HOST,
+    "offload_nested": _TO_HOST,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
 }
-"""What a layer keeps for its backward pass: nothing, each matmul with weights, attention's output; "none" keeps all."""
+"""What a layer keeps for its backward pass: nothing but its input ("full"), each matmul with weights ("dots"),
+attention's output; "none" keeps all. "offload" moves the input to host memory until the backward pass. "nested" frees
+what attention and norms keep before the MLP's backward pass, and computes attention a second time."""
 
 
 def _fan_in(fan_in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> nn.initializers.Initializer:
@@ -162,6 +175,9 @@ class MLP(nn.Module):
         return jnp.einsum("BLF,FD->BLD", inner_BLF, weight("down", (c.mlp_dim, c.d_model), "mlp", "embed"))
 
 
+_RMSNormAgain, _AttentionAgain = nn.remat(RMSNorm), nn.remat(Attention)
+
+
 class DecoderLayer(nn.Module):
     """One layer, shaped for `nn.scan`: carries (hidden, cache), reads its layer index.
 
@@ -182,8 +198,10 @@ class DecoderLayer(nn.Module):
     ) -> tuple[tuple[jax.Array, KVCache | None], None]:
         c = self.config
         x_BLD, cache = carry
-        attention_norm, mlp_norm = RMSNorm(c, name="attention_norm"), RMSNorm(c, name="mlp_norm")
-        attend, mlp = Attention(c, name="attention"), MLP(c, name="mlp")
+        x_BLD = checkpoint_name(x_BLD, _LAYER_INPUT)
+        norm, block = (RMSNorm, Attention) if not c.remat.endswith("nested") else (_RMSNormAgain, _AttentionAgain)
+        attention_norm, mlp_norm = norm(c, name="attention_norm"), norm(c, name="mlp_norm")
+        attend, mlp = block(c, name="attention"), MLP(c, name="mlp")
         if c.norm_position == "swin":
             y_BLD, cache = attend(x_BLD, layer, turn, positions_BL, segment_ids_BL, cache)
             x_BLD = x_BLD + attention_norm(y_BLD)

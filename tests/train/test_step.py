@@ -123,7 +123,9 @@ def test_mesh_and_microbatches_together_do_not_change_gradients(reference):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"remat": "full"}, {"remat": "dots"}, {"remat": "attention"}, {"scan_layers": False}]
+    "changes",
+    [{"remat": name} for name in ("full", "nested", "offload", "offload_nested", "dots", "attention")]
+    + [{"scan_layers": False}],
 )
 def test_remat_and_unrolling_do_not_change_gradients(reference, changes):
     assert_same(reference, gradients_of(random_batch(0), model=model_config(**changes)))
