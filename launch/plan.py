@@ -9,6 +9,7 @@ import os
 import pathlib
 from typing import Any
 
+from launch import plan_search
 from launch.flags import add_config_argument, load_config
 
 _CODE_WIDTH = 256
@@ -29,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_argument(parser)
     parser.add_argument("--topology", required=True, metavar="NAME", help="for example v5e:16x16 or v5p:4x4x4 (chips)")
     parser.add_argument("--num_slices", type=int, default=1, metavar="S", help="slices of that shape (default: 1)")
+    parser.add_argument(
+        "--search", action="store_true", help="try rows per chip, remat policies and tensor ways; print the best"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
 
 
@@ -38,15 +42,51 @@ def main(args: argparse.Namespace) -> int:
     if args.num_slices < 1:
         raise ValueError(f"--num_slices={args.num_slices} must be at least 1")
     os.environ.update(_QUIET_COMPILER)
-    result = plan_config(config, args.topology, args.num_slices)
+    plain = config.to_dict()
+    if args.search:
+        result = _search(plain, args.topology, args.num_slices)
+    else:
+        result = plan_search.cached("compiled", plan_config)(plain, args.topology, args.num_slices)
+        print(describe(result))
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(describe(result))
     return 0
 
 
-def plan_config(config_dict: Any, topology: str, num_slices: int = 1) -> dict[str, Any]:
-    """The plan of a training config on the released vocabulary layout; no data set is needed.
+def _search(config: dict[str, Any], topology: str, num_slices: int) -> dict[str, Any]:
+    """Prints the frontier of a search; returns {"frontier": plans, "points": plans}."""
+    from aromni_jax.models.config import resolve_model
+    from aromni_jax.train import estimate
+    from aromni_jax.vocab import JointVocab
+
+    vocab = JointVocab.released()
+    model = dataclasses.asdict(resolve_model(config["model"], vocab.size, 0))
+    del model["vocab_size"], model["perceptual_dim"]
+    points = plan_search.search(
+        config,
+        model,
+        topology,
+        num_slices,
+        len(estimate.describe_topology(topology, num_slices)),
+        plan_search.cached("assigned", plan_search.assigned_memory_plan),
+        lambda line: print(line, flush=True),
+    )
+    best = plan_search.frontier(points)
+    print("largest batch first, fastest last:" if best else "nothing fits")
+    for point in best:
+        print(
+            f"  {point['rows_per_chip']} rows a chip, {point['remat']}, "
+            + ", ".join(f"{axis} {size}" for axis, size in point["mesh"].items())
+            + f": {point['hbm_bytes']['peak'] / (1 << 30):.2f} GiB, {plan_search.tokens_per_second(point):,.0f} "
+            f"tokens/s at best, bound by {point['bound_by']}"
+        )
+    return {"frontier": best, "points": points}
+
+
+def plan_config(
+    config_dict: Any, topology: str, num_slices: int = 1, dump: pathlib.Path | None = None
+) -> dict[str, Any]:
+    """The plan of a training config on the released vocabulary layout; no data set is needed (`dump`: `estimate.plan`).
 
     Raises:
       ValueError: an unknown topology, or a config that does not fit its mesh.
@@ -69,7 +109,7 @@ def plan_config(config_dict: Any, topology: str, num_slices: int = 1) -> dict[st
     codebook = jax.ShapeDtypeStruct((vocab.image.size, _CODE_WIDTH), np.float32)
     model = resolve_model(train.model, vocab.size, _CODE_WIDTH if is_aligned else 0)
     devices = estimate.describe_topology(topology, num_slices)
-    return estimate.plan(model, train, vocab, {"image_codebook": codebook} if is_aligned else {}, devices)
+    return estimate.plan(model, train, vocab, {"image_codebook": codebook} if is_aligned else {}, devices, dump)
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -86,7 +126,8 @@ def describe(result: dict[str, Any]) -> str:
             f"batch: {result['global_batch_size']} rows of {result['sequence_length']}",
             f"memory per device: {hbm['peak'] / gib:.2f} GiB of {capacity / gib:.0f} "
             f"({hbm['arguments'] / gib:.2f} state and batch, {hbm['temporaries'] / gib:.2f} temporaries): "
-            + ("fits" if result["fits"] else "does NOT fit"),
+            + ("fits" if result["fits"] else "does NOT fit")
+            + (f"; {result['host_bytes'] / gib:.2f} GiB of the host" if result["host_bytes"] else ""),
             f"step at best {best:.3g} s, {rate:,.0f} tokens/s, bound by {result['bound_by']}: "
             + ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items()),
             f"compiled in {result['compile_seconds']:.0f} s",

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
+import re
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -68,11 +71,18 @@ def describe_topology(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
 
 
 def plan(
-    model: ModelConfig, train: TrainConfig, vocab: JointVocab, frozen: Frozen, devices: Sequence[jax.Device]
+    model: ModelConfig,
+    train: TrainConfig,
+    vocab: JointVocab,
+    frozen: Frozen,
+    devices: Sequence[jax.Device],
+    dump: pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """Compiles the train step of a config for `devices` and reports memory and a roofline (keys: CLI contract).
 
     `frozen` may hold `jax.ShapeDtypeStruct`s. Rows are taken as full: one document of `sequence_length` tokens each.
+    With `dump`, the directory to which this process has told XLA to write, it returns as soon as memory is assigned:
+    the compiler then still makes code, which is most of its work, in a thread that only the end of the process stops.
 
     Raises:
       ValueError: rows or dimensions that the mesh does not divide, or a kind of device that is not in `CHIPS`.
@@ -86,18 +96,17 @@ def plan(
     mesh = partitioning.make_mesh(train.mesh, devices)
     started = time.monotonic()
     step: Any = make_train_step(model, train, mesh, vocab, frozen)
-    compiled = step.lower(abstract_state(model, train, mesh, frozen), _abstract_batch(train, mesh)).compile()
+    inputs = abstract_state(model, train, mesh, frozen), _abstract_batch(train, mesh)
+    lowered = step.lower(*inputs)
+    hbm = _compiled_memory(lowered.compile()) if dump is None else _assigned_memory(lowered, inputs, dump)
     compile_seconds = time.monotonic() - started
-    memory = compiled.memory_analysis()
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    # Donated state is updated in place: only what is not an alias of an argument adds to the peak.
-    total = arguments + temporaries + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
     tokens = train.global_batch_size * train.sequence_length
-    flops = train_flops(model, tokens, train.global_batch_size * attended_pairs([train.sequence_length]))
-    again = 4 / 3 if model.remat == "full" else 1.0
+    pairs = train.global_batch_size * attended_pairs([train.sequence_length])
+    flops = train_flops(model, tokens, pairs)
+    done = flops + _recomputed_flops(model, tokens, pairs)
     seconds = {
-        "compute": flops * again / (mesh.size * peak),
-        "memory": _memory_traffic(model, train, mesh, arguments, temporaries) / chip.hbm_bytes_per_second,
+        "compute": done / (mesh.size * peak),
+        "memory": _memory_traffic(model, train, mesh, hbm["arguments"], hbm["temporaries"]) / chip.hbm_bytes_per_second,
         "interconnect": _interconnect_seconds(model, train, mesh, chip),
     }
     bound_by = max(seconds, key=lambda name: seconds[name])
@@ -106,18 +115,57 @@ def plan(
         "device_kind": kind,
         "mesh": dict(mesh.shape),
         "num_slices": train.mesh.num_slices,
+        "remat": model.remat,
         "global_batch_size": train.global_batch_size,
         "sequence_length": train.sequence_length,
         "parameters": num_parameters(model),
-        "hbm_bytes": {"arguments": arguments, "temporaries": temporaries, "peak": total},
+        "hbm_bytes": hbm,
+        "host_bytes": _host_bytes(model, tokens / mesh.size),
         "hbm_capacity_bytes": chip.hbm_bytes,
-        "fits": total <= chip.hbm_bytes,
+        "fits": hbm["peak"] <= chip.hbm_bytes,
         "model_flops_per_step": flops,
         "step_seconds_roofline": seconds[bound_by],
         "roofline_seconds": seconds,
         "bound_by": bound_by,
         "compile_seconds": compile_seconds,
     }
+
+
+def _compiled_memory(compiled: Any) -> dict[str, int]:
+    """Bytes of one device: `arguments` (state and batch), `temporaries`, and `peak`."""
+    memory = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    # Donated state is updated in place: only what is not an alias of an argument adds to the peak.
+    added = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+    return {"arguments": arguments, "temporaries": temporaries, "peak": arguments + temporaries + added}
+
+
+_TOTAL_BYTES = re.compile(r"Memory Space: default.*\nTotal bytes: (\d+)")
+
+
+def _assigned_memory(lowered: Any, inputs: Any, dump: pathlib.Path) -> dict[str, int]:
+    """`_compiled_memory` from the compiler's memory report, which it writes long before it has made code."""
+    compiled: list[Any] = []
+    failed: list[BaseException] = []
+
+    def compile_it() -> None:
+        try:
+            compiled.append(lowered.compile())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=compile_it, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        for report in dump.glob("*jit_traced*memory-usage-report.txt"):
+            if found := _TOTAL_BYTES.search(report.read_text(encoding="utf-8", errors="replace")):
+                shards = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(inputs)]
+                sizes = [math.prod(s) * x.dtype.itemsize for s, x in zip(shards, jax.tree.leaves(inputs))]
+                return {"arguments": sum(sizes), "temporaries": int(found[1]) - sum(sizes), "peak": int(found[1])}
+        thread.join(0.5)
+    if failed:
+        raise failed[0]
+    return _compiled_memory(compiled[0])
 
 
 def _abstract_batch(train: TrainConfig, mesh: Mesh) -> PackedBatch:
@@ -133,7 +181,31 @@ def _abstract_batch(train: TrainConfig, mesh: Mesh) -> PackedBatch:
 
 def _passes(model: ModelConfig) -> int:
     """How often a weight is read for one microbatch: forward, backward, and forward again where nothing was kept."""
-    return 3 if model.remat == "full" else 2
+    return 2 if model.remat in ("none", "dots") else 3
+
+
+def _recomputed_flops(model: ModelConfig, num_tokens: float, num_pairs: float) -> float:
+    """FLOPs of what the backward pass computes again: what the policy does not keep, and the loss's logits."""
+    c = model
+    logits = 2.0 * c.vocab_size * c.d_model * num_tokens
+    projections = 4.0 * c.num_layers * c.d_model * (c.num_heads + c.num_kv_heads) * c.head_dim * num_tokens
+    mlp = 6.0 * c.num_layers * c.d_model * c.mlp_dim * num_tokens
+    scores = 4.0 * c.num_layers * c.num_heads * c.head_dim * num_pairs
+    if c.remat == "none":
+        return logits
+    if c.remat == "dots":
+        return logits + scores
+    if c.remat == "attention":
+        return logits + projections + mlp
+    attention = projections + scores
+    return logits + mlp + (2 * attention if c.remat.endswith("nested") else attention)
+
+
+def _host_bytes(model: ModelConfig, num_tokens: float) -> int:
+    """Memory of the host that one device needs for the inputs of all layers; moving them is taken to be hidden."""
+    if not model.remat.startswith("offload"):
+        return 0
+    return round(model.num_layers * num_tokens * model.d_model * jax.numpy.dtype(model.dtype).itemsize)
 
 
 def _memory_traffic(model: ModelConfig, train: TrainConfig, mesh: Mesh, arguments: int, temporaries: int) -> float:
@@ -146,12 +218,12 @@ def _memory_traffic(model: ModelConfig, train: TrainConfig, mesh: Mesh, argument
 def _interconnect_seconds(model: ModelConfig, train: TrainConfig, mesh: Mesh, chip: Chip) -> float:
     """Seconds a device spends sending in a step if nothing overlaps, by the sharding rules.
 
-    fsdp: weights gathered in every pass and float32 gradients scattered, for each microbatch. data: gradients summed
-    over copies. tensor: two sums of activations per layer and pass. context: keys and values gathered.
+    fsdp: weights gathered in every pass and gradients summed, for each microbatch, both in the compute type; sums cost
+    twice their bytes, since the compiler makes all-reduces of them. data: gradients summed over copies. tensor: two
+    sums of activations per layer and pass. context: keys and values gathered.
     """
     data, fsdp, context, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "context", "tensor"))
     parameters = num_parameters(model) / tensor
-    weight_bytes = jax.numpy.dtype(model.param_dtype).itemsize
     activation_bytes = jax.numpy.dtype(model.dtype).itemsize
     tokens = train.global_batch_size * train.sequence_length / (data * fsdp * context)
 
@@ -159,7 +231,7 @@ def _interconnect_seconds(model: ModelConfig, train: TrainConfig, mesh: Mesh, ch
         return (ways - 1) / ways
 
     micro = train.gradient_accumulation_steps
-    by_fsdp = share(fsdp) * micro * parameters * (_passes(model) * weight_bytes + 4)
+    by_fsdp = share(fsdp) * micro * parameters * (_passes(model) + 2) * activation_bytes
     by_data = 2 * share(data) * parameters / fsdp * 4
     by_tensor = 2 * share(tensor) * 2 * _passes(model) * model.num_layers * tokens * model.d_model * activation_bytes
     width = 2 * math.ceil(model.num_kv_heads / tensor) * model.head_dim
