@@ -210,17 +210,17 @@ class BatchIterator:
         Raises:
           ValueError: the state belongs to other data, another seed or another sequence length.
         """
-        rows, place = self._rows, (int(state["segment"]), int(state["row"]))
-        if state["plan"] != self.fingerprint:
-            if not isinstance(rows, PlannedRows) or self._mixture is None or not state["rows"]:
-                raise ValueError(
-                    f"the checkpoint was trained on rows of plan {state['plan']}, this run reads plan "
-                    f"{self.fingerprint}: data, seed or sequence_length changed. Set them back, or start a new workdir "
-                    "with init_from"
-                )
-            rows, *place_now = rows.going_on(state, self._mixture)
-            place = (place_now[0], place_now[1])
-        self._start_from(rows, place, step=int(state["next_step"]), num_rows=int(state["next_row"]))
+        rows = self._rows
+        if state["plan"] == self.fingerprint:
+            segment, row = int(state["segment"]), int(state["row"])
+        elif isinstance(rows, PlannedRows) and self._mixture and state.get("rows"):
+            rows, segment, row = rows.going_on(state, self._mixture)
+        else:
+            raise ValueError(
+                f"the checkpoint was trained on rows of plan {state['plan']}, this run reads plan {self.fingerprint}: "
+                "data, seed or sequence_length changed. Set them back, or start a new workdir with init_from"
+            )
+        self._start_from(rows, (segment, row), step=int(state["next_step"]), num_rows=int(state["next_row"]))
 
     def shares(self, state: Mapping[str, Any]) -> dict[str, float]:
         """Share of each data set in the targets drawn up to `state`, since the present mixture began."""
