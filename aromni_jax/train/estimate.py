@@ -98,7 +98,14 @@ def plan(
     step: Any = make_train_step(model, train, mesh, vocab, frozen)
     inputs = abstract_state(model, train, mesh, frozen), _abstract_batch(train, mesh)
     lowered = step.lower(*inputs)
-    hbm = _compiled_memory(lowered.compile()) if dump is None else _assigned_memory(lowered, inputs, dump)
+    was_refused = False
+    try:
+        hbm = _compiled_memory(lowered.compile()) if dump is None else _assigned_memory(lowered, inputs, dump)
+    except jax.errors.JaxRuntimeError as error:
+        # The compiler refuses what does not fit, and says how much it would have needed.
+        if not (found := _TOO_MUCH.search(str(error))):
+            raise
+        was_refused, hbm = True, _hbm(inputs, _argument_bytes(inputs) + float(found[1]) * _GIB)
     compile_seconds = time.monotonic() - started
     tokens = train.global_batch_size * train.sequence_length
     pairs = train.global_batch_size * attended_pairs([train.sequence_length])
@@ -122,7 +129,7 @@ def plan(
         "hbm_bytes": hbm,
         "host_bytes": _host_bytes(model, tokens / mesh.size),
         "hbm_capacity_bytes": chip.hbm_bytes,
-        "fits": hbm["peak"] <= chip.hbm_bytes,
+        "fits": not was_refused and hbm["peak"] <= chip.hbm_bytes,
         "model_flops_per_step": flops,
         "step_seconds_roofline": seconds[bound_by],
         "roofline_seconds": seconds,
@@ -140,6 +147,17 @@ def _compiled_memory(compiled: Any) -> dict[str, int]:
     return {"arguments": arguments, "temporaries": temporaries, "peak": arguments + temporaries + added}
 
 
+def _argument_bytes(inputs: Any) -> int:
+    leaves = jax.tree.leaves(inputs)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def _hbm(inputs: Any, total: float) -> dict[str, int]:
+    arguments = _argument_bytes(inputs)
+    return {"arguments": arguments, "temporaries": round(total) - arguments, "peak": round(total)}
+
+
+_TOO_MUCH = re.compile(r"HLO temporaries \(([\d.]+)G\)")
 _TOTAL_BYTES = re.compile(r"Memory Space: default.*\nTotal bytes: (\d+)")
 
 
@@ -159,9 +177,7 @@ def _assigned_memory(lowered: Any, inputs: Any, dump: pathlib.Path) -> dict[str,
     while thread.is_alive():
         for report in dump.glob("*jit_traced*memory-usage-report.txt"):
             if found := _TOTAL_BYTES.search(report.read_text(encoding="utf-8", errors="replace")):
-                shards = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(inputs)]
-                sizes = [math.prod(s) * x.dtype.itemsize for s, x in zip(shards, jax.tree.leaves(inputs))]
-                return {"arguments": sum(sizes), "temporaries": int(found[1]) - sum(sizes), "peak": int(found[1])}
+                return _hbm(inputs, int(found[1]))
         thread.join(0.5)
     if failed:
         raise failed[0]
