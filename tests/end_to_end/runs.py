@@ -39,7 +39,7 @@ def start(workdir: pathlib.Path, cache: pathlib.Path, *overrides: str, devices: 
 
 def finish(process: subprocess.Popen[str], expected: int | None = 0) -> str:
     """Waits and returns standard error; fails on another exit status than `expected` (None: any)."""
-    _, error = process.communicate(timeout=300)
+    _, error = process.communicate(timeout=600)
     assert expected is None or process.returncode == expected, error
     return error
 
@@ -49,7 +49,7 @@ def run(workdir: pathlib.Path, cache: pathlib.Path, *overrides: str, devices: in
     return finish(start(workdir, cache, *overrides, devices=devices), expected)
 
 
-def when(process: subprocess.Popen[str], condition: Callable[[], bool], timeout_seconds: float = 240) -> bool:
+def when(process: subprocess.Popen[str], condition: Callable[[], bool], timeout_seconds: float = 600) -> bool:
     """Waits until `condition` holds while the process lives; False when it ended first."""
     end = time.monotonic() + timeout_seconds
     while time.monotonic() < end:

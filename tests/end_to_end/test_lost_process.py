@@ -54,12 +54,12 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_exactly(tmp_path, 
     os.kill(workers(launcher)[2], signal.SIGKILL)
     killed = time.monotonic()
     message = finish(launcher, None)
-    # The launcher waits for all of them. A process may need as long again to notice that the connection is gone.
-    assert time.monotonic() - killed < 2 * HEARTBEAT_SECONDS + 10
+    # The launcher waits for all of them, and jax's own timeout would be 100 s.
+    assert time.monotonic() - killed < 90
     assert launcher.returncode != 0
-    # The one who notices first says so; the runtime itself may end the others with its own words.
-    assert "lost another process" in message, message[-3000:]
-    assert "leaving with status 75: start all of them again with the same command" in message
+    # The one who notices first says so; the runtime itself may be quicker and end all of them with its own words.
+    ours = "lost another process" in message and "leaving with status 75: start all of them again" in message
+    assert ours or "JAX distributed service detected fatal errors" in message, message[-3000:]
     written = reproducible(cut)
     assert len(written) < STEPS
 
