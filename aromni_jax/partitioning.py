@@ -185,11 +185,6 @@ def num_shards(name: str) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES[name])
 
 
-def num_batch_shards() -> int:
-    """Into how many parts the mesh in context splits rows of a batch (1 without a mesh)."""
-    return num_shards("batch")
-
-
 def device_kind() -> str:
     """Kind of the devices of the mesh in context, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; "" without one.
 
