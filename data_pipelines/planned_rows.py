@@ -40,9 +40,12 @@ _KEPT_PLANS = 4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Segment:
+    """`tokens_RD` has the targets of each data set in the rows before each row, in the order they come."""
+
     documents: Documents
     plan: PackPlan
     order_R: np.ndarray
+    tokens_RD: np.ndarray
 
     def __getitem__(self, row: int) -> np.ndarray:
         return self.plan[int(self.order_R[row])]
@@ -94,6 +97,7 @@ class PlannedRows:
         self._num_read = 0
         self._lock = threading.Lock()
         self._planned = functools.lru_cache(maxsize=3)(self._plan)
+        self._tokens_before = functools.lru_cache(maxsize=3)(self._count_tokens_before)
 
     @classmethod
     def of(cls, mixture: Mixture, row_length: int, *, seed: int, shuffle: bool = True) -> PlannedRows:
@@ -112,7 +116,13 @@ class PlannedRows:
         order_R = np.arange(plan.num_rows)
         if self._shuffle:
             order_R = np.random.default_rng([self._seed, number, 2]).permutation(order_R)
-        return _Segment(documents, plan, order_R)
+        place_R = np.empty_like(order_R)
+        place_R[order_R] = np.arange(plan.num_rows)
+        place_N = np.repeat(place_R, np.diff(plan.starts_R))
+        tokens_RD = np.zeros((plan.num_rows + 1, len(self._names)), np.int64)
+        held = documents.only(plan.documents_N)
+        np.add.at(tokens_RD, (place_N + 1, held.dataset_N), held.lengths_N)
+        return _Segment(documents, plan, order_R, np.cumsum(tokens_RD, axis=0))
 
     def _segment(self, number: int) -> _Segment:
         with self._lock:  # several threads ask for a new segment at once, and one plans it
@@ -164,12 +174,21 @@ class PlannedRows:
 
     def shares(self, segment: int, row: int) -> dict[str, float]:
         """Share of each data set in the targets of all rows before this one, since this mixture began."""
-        now = self._cursors_at(segment, row)
-        tokens_D = [
-            self._stream.tokens_read(d, now[d]) - self._stream.tokens_read(d, begun)
-            for d, begun in enumerate(self._stream.cursors)
-        ]
-        return {name: tokens / max(sum(tokens_D), 1) for name, tokens in zip(self._names, tokens_D, strict=True)}
+        tokens_D = self._tokens_before(segment)
+        if row:
+            tokens_D = tokens_D + self._segment(segment).tokens_RD[row]
+        shares_D = tokens_D / max(int(tokens_D.sum()), 1)
+        return dict(zip(self._names, shares_D.tolist(), strict=True))
+
+    def _count_tokens_before(self, segment: int) -> np.ndarray:
+        """int64 [D] targets of each data set in all segments before this one, since this mixture began."""
+        now = self._stream.cursors_at(segment)
+        return np.array(
+            [
+                self._stream.tokens_read(d, now[d]) - self._stream.tokens_read(d, begun)
+                for d, begun in enumerate(self._stream.cursors)
+            ]
+        )
 
     def _cursors_at(self, segment: int, row: int) -> list[Cursor]:
         if not row:
