@@ -27,7 +27,7 @@ def test_sides_take_turns_and_the_table_has_the_fixed_keys(tmp_path, monkeypatch
         def __exit__(self, *_):
             return None
 
-    monkeypatch.setattr(bench, "_ask", ask)
+    monkeypatch.setattr(bench, "ask", ask)
     monkeypatch.setattr(bench, "_worker", lambda side, family, items, directory, cores: Worker((side, directory)))
     path = tmp_path / "bench.json"
     assert cli.run("bench", ["tokenizer", "--family=encodec", "--repeats=2", f"--json={path}"]) == 0
