@@ -28,7 +28,9 @@ def test_sides_take_turns_and_the_table_has_the_fixed_keys(tmp_path, monkeypatch
             return None
 
     monkeypatch.setattr(bench_tokenizer, "ask", ask)
-    monkeypatch.setattr(bench_tokenizer, "_worker", lambda side, family, items, directory, cores: Worker((side, directory)))
+    monkeypatch.setattr(
+        bench_tokenizer, "_worker", lambda side, family, items, directory, cores: Worker((side, directory))
+    )
     path = tmp_path / "bench.json"
     assert cli.run("bench", ["tokenizer", "--family=encodec", "--repeats=2", f"--json={path}"]) == 0
     sides = [worker[0] for worker, question in asked if question == "encode"]
