@@ -74,7 +74,6 @@ def _config(args: argparse.Namespace) -> Any:
     """The training config, with what both sides can do: a constant rate, and cross-entropy that counts targets once."""
     config = load_config(args)
     config.data.mixture = "synthetic"
-    config.gradient_accumulation_steps = 1
     config.loss.update(weighting="uniform", perceptual_weight=0.0, z_loss_weight=0.0)
     config.optimizer.update(name="adamw", schedule="constant", warmup_steps=0, learning_rate=1e-4)
     return config
