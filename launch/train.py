@@ -154,6 +154,9 @@ def run_training(
             if config.init_from:
                 state = _with_params_from(config.init_from, state, wanted, vocab)
         if is_main:
+            # A start that ended before its first checkpoint has left nothing but this.
+            this_start = time.time() - (time.monotonic() - started)
+            window.goodput.first_start = min(window.goodput.first_start, workdirs.first_start(path, this_start))
             workdirs.write_text(path / workdirs.CONFIG_FILE, to_json(config))
             data.save_tokenizers(path / workdirs.TOKENIZERS)
         if first_step >= config.total_steps:
@@ -219,7 +222,8 @@ def _identity_check(
 def _with_params_from(source: str, state: TrainState, wanted: TrainState, vocab: JointVocab) -> TrainState:
     """`state` with the weights of another run's newest checkpoint; optimizer, step and data start anew.
 
-    Values are cast only here, and said so. A perceptual head the source lacks stays as initialised.
+    Values are cast only here, and said so; master weights and moving average begin with the values as they are stored.
+    A perceptual head the source lacks stays as initialised.
     """
     import jax
     import jax.numpy as jnp
@@ -240,8 +244,6 @@ def _with_params_from(source: str, state: TrainState, wanted: TrainState, vocab:
     arrays = named_leaves(params.load(as_saved))
     log.info("weights from step %d of %s", params.step, source)
     cast = [name for name, array in arrays.items() if array.dtype != target[name].dtype]
-    for name in cast:
-        arrays[name] = arrays[name].astype(target[name].dtype)
     if cast:
         stored = as_saved[cast[0]].dtype
         log.info("cast to %s: %d arrays that are stored as %s", target[cast[0]].dtype, len(cast), stored)
@@ -249,10 +251,17 @@ def _with_params_from(source: str, state: TrainState, wanted: TrainState, vocab:
         log.info("newly initialised, because %s has none: %s", source, ", ".join(fresh))
     if unused:
         log.info("left out, because this model has none: %s", ", ".join(unused))
-    leaves = [arrays.get(name, leaf) for name, leaf in named_leaves(state.params).items()]
-    new_params = jax.tree.unflatten(jax.tree.structure(state.params), leaves)
-    ema = jax.tree.map(jnp.copy, new_params) if jax.tree.leaves(state.ema) else state.ema
-    return dataclasses.replace(state, params=new_params, ema=ema)
+
+    def filled(tree: Any, places: Any) -> Any:
+        leaves = named_leaves(tree)
+        for name, place in named_leaves(places).items():
+            if name in arrays:
+                # A copy, because donation forbids two leaves in one buffer.
+                leaves[name] = jax.device_put(jnp.array(arrays[name], place.dtype, copy=True), place.sharding)
+        return jax.tree.unflatten(jax.tree.structure(tree), list(leaves.values()))
+
+    parts = ("params", "master", "ema")
+    return dataclasses.replace(state, **{part: filled(getattr(state, part), getattr(wanted, part)) for part in parts})
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 @jax.jit
 def _checksums(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_checksum(array) for array in arrays])
+    # Arrays in host memory (`optimizer.offload`) come to the device for it.
+    return jnp.stack([_checksum(jax.device_put(array, jax.memory.Space.Device)) for array in arrays])
 
 
 def checksums(named: dict[str, Any]) -> dict[str, int]:

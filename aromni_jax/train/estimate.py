@@ -27,6 +27,7 @@ from aromni_jax.structs import PackedBatch
 from aromni_jax.train.metrics import peak_flops
 from aromni_jax.train.state import Frozen, abstract_state
 from aromni_jax.train.step import make_train_step
+from aromni_jax.train.update import HOST
 from aromni_jax.vocab import JointVocab
 
 
@@ -127,7 +128,7 @@ def plan(
         "sequence_length": train.sequence_length,
         "parameters": num_parameters(model),
         "hbm_bytes": hbm,
-        "host_bytes": _host_bytes(model, tokens / mesh.size),
+        "host_bytes": _host_bytes(model, tokens / mesh.size) + _argument_bytes(inputs, on_host=True),
         "hbm_capacity_bytes": chip.hbm_bytes,
         "fits": not was_refused and hbm["peak"] <= chip.hbm_bytes,
         "model_flops_per_step": flops,
@@ -147,8 +148,9 @@ def _compiled_memory(compiled: Any) -> dict[str, int]:
     return {"arguments": arguments, "temporaries": temporaries, "peak": arguments + temporaries + added}
 
 
-def _argument_bytes(inputs: Any) -> int:
-    leaves = jax.tree.leaves(inputs)
+def _argument_bytes(inputs: Any, on_host: bool = False) -> int:
+    """Bytes of state and batch that one device has in its memory, or (`on_host`) in that of its host."""
+    leaves = [x for x in jax.tree.leaves(inputs) if (x.sharding.memory_kind == HOST) == on_host]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 

@@ -166,7 +166,7 @@ class TrainLoop:
         self._started = started
         self._pending: list[_Pending] = []
         self._is_first = True
-        self._save_stall_seconds = 0.0
+        self._save_stall_seconds = self._waited_seconds = 0.0
         self._start_facts: dict[str, float] = {}
         self._num_bad_in_a_row = 0
 
@@ -227,6 +227,7 @@ class TrainLoop:
         start = time.monotonic()
         local_batch = next(self._batches, None)  # type: ignore[call-overload]
         wait_seconds = time.monotonic() - start
+        self._waited_seconds += wait_seconds
         self._watchdog.enter("step")
         if local_batch is None:
             return None
@@ -256,7 +257,7 @@ class TrainLoop:
 
     def _restart_clock(self) -> None:
         self._clock = time.monotonic()
-        self._step_seconds = self._wait_seconds = self._save_stall_seconds = 0.0
+        self._step_seconds = self._wait_seconds = self._save_stall_seconds = self._waited_seconds = 0.0
         self._num_timed_steps = 0
 
     def _record(self, keep: int) -> None:
@@ -275,7 +276,9 @@ class TrainLoop:
             if self._is_first:
                 self._report_first_step(now - self._started)
             self._watchdog.step_done(done.step, step_seconds, done.wait_seconds, step_seconds - (now - start))
+            waited_seconds, self._waited_seconds = self._waited_seconds, 0.0
             if is_good:
+                self._window.goodput.productive_seconds += step_seconds - waited_seconds
                 self._num_bad_in_a_row = 0
             else:
                 self._report_bad_step(done.step)
@@ -300,6 +303,7 @@ class TrainLoop:
             "data_wait_seconds": self._wait_seconds / num_steps,
             "save_stall_seconds": self._save_stall_seconds,
             "mfu": mfu,
+            "goodput": self._window.goodput.share(),
         }
         # Only the first line of a start has these.
         line |= self._start_facts

@@ -1,7 +1,7 @@
 """The folder of one run: may we write there, does it belong to this config, and files that are never half written.
 
 A workdir holds `config.json` (resolved), `tokenizers/` (at least `vocab.json`), `metrics.jsonl`, `evaluations.jsonl`,
-`checkpoints/`, `heartbeats/` (`train.watchdog`) and TensorBoard events.
+`checkpoints/`, `heartbeats/` (`train.watchdog`), `first_start` and TensorBoard events.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 CHECKPOINTS = "checkpoints"
 HEARTBEATS = "heartbeats"
+FIRST_START = "first_start"
 TOKENIZERS = "tokenizers"
 
 MAY_CHANGE = (
@@ -33,6 +34,7 @@ MAY_CHANGE = (
     "watchdog_seconds",
     "mesh",
     "checkpoint",
+    "optimizer.offload",
     "data.mixture",
     "data.weight_unit",
     "data.temperature",
@@ -106,6 +108,14 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def first_start(path: pathlib.Path, this_start: float) -> float:
+    """`time.time()` of the first start of the run in this folder, which that start writes down by asking here."""
+    file = path / FIRST_START
+    if not file.exists():
+        write_text(file, f"{this_start}\n")
+    return float(file.read_text(encoding="utf-8"))
 
 
 def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
