@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch import distributed
+from launch.compile_cache import keep_compiled_programs
 from launch.flags import add_config_argument, load_config
 from launch.host_memory import keep_freed_memory_on_cpu
 
@@ -49,8 +50,10 @@ def main(args: argparse.Namespace) -> int:
 
     from aromni_jax.config import TrainConfig, from_mapping
     from aromni_jax.train.observe import ProfilerWindow
+    from aromni_jax.train.workdir import prepare
 
     config = from_mapping(TrainConfig, config_dict)
+    keep_compiled_programs(prepare(args.workdir))
     hooks: list[Hook] = []
     if args.profile_steps:
         first, _, last = args.profile_steps.partition(":")

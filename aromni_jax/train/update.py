@@ -67,8 +67,8 @@ def streamed(update: Update) -> Update:
     """`update` for a state of which moments, master weights and average are in host memory, where it leaves them.
 
     The layers pass one by one, and each is written back to the very place it came from; what belongs to no layer passes
-    at once. It gives what `update` gives where a parameter's update does not depend on other layers: with every optimizer
-    here but adafactor, which chooses the axes it factors by the shape of the stack.
+    at once. It gives what `update` gives where the update of a parameter does not depend on other layers: with all
+    optimizers here but adafactor, which chooses the axes it factors by the shape of the stack.
     """
 
     def run(old: Updated, gradients: PyTree) -> Updated:

@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 EXIT_TRY_AGAIN = 75
 """Exit status of a process that hung or lost another one (EX_TEMPFAIL): start the whole run again, it will go on."""
 
+EXIT_UNEXPECTED = 70
+"""Exit status after an error that no user can cause as far as we know (EX_SOFTWARE): a bug, memory, a broken machine.
+Starting again may help, so launchers do, a number of times; never after 1 and 2, errors of the user."""
+
 EXIT_HELD = int(signal.SIGALRM)
 """Exit status of a process whose watchdog could not run, because something held the interpreter: 14. Start again."""
 
