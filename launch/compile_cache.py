@@ -20,7 +20,7 @@ def keep_compiled_programs(workdir: pathlib.Path) -> None:
     """
     import jax
 
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     folder = workdir / "compiled" if jax.process_count() > 1 else pathlib.Path(home) / "aromni" / "xla"

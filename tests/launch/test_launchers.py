@@ -167,6 +167,18 @@ def test_the_image_copies_what_is_there_and_installs_extras_that_exist():
     assert 'ENTRYPOINT ["aromni"]' in text
 
 
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("mend it"), 1), (RuntimeError("RESOURCE_EXHAUSTED"), EXIT_UNEXPECTED)]
+)
+def test_only_errors_that_a_user_can_mend_have_the_status_that_is_not_restarted(monkeypatch, capsys, error, status):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr("launch.train.main", fail)
+    assert cli.run("train", TRAIN[1:]) == status
+    assert capsys.readouterr().err.splitlines()[-1].startswith("aromni train: error: ")
+
+
 @pytest.mark.parametrize("page", ["README.md", *WHERE])
 def test_lines_shown_are_taken_by_the_scripts(page):
     text = (ROOT / page).read_text().replace("\\\n#", "")
