@@ -163,6 +163,7 @@ class Watchdog:
                     if int(path.stem) >= self._num_processes:
                         path.unlink(missing_ok=True)
             self._alarm = _Alarm()
+            self._set_alarm()
             self._thread.start()
         return self
 
@@ -203,7 +204,7 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             self._beat()
-            self._alarm.set(LONG_FACTOR * self._seconds + 4 * self._every)
+            self._set_alarm()
             quiet_seconds = time.monotonic() - self._since
             if quiet_seconds > self._seconds * (LONG_FACTOR if self._phase in LONG_PHASES else 1):
                 self._give_up(quiet_seconds)
@@ -214,6 +215,10 @@ class Watchdog:
                     log.warning("%s", line)
             if self._ending.wait(self._every):
                 return
+
+    def _set_alarm(self) -> None:
+        # Later than this thread would act.
+        self._alarm.set(LONG_FACTOR * self._seconds + 4 * self._every)
 
     def _beat(self) -> None:
         try:

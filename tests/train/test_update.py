@@ -152,6 +152,7 @@ def test_an_offloaded_step_that_is_not_finite_changes_nothing():
         assert_equal(getattr(before, part), getattr(state, part))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", [False, True])
 def test_checkpoints_hold_the_master_and_give_it_back_where_it_was(tmp_path, offload):
     """Bit by bit, and onto host memory or devices, whatever the saved run used."""
