@@ -214,12 +214,21 @@ def _identity_check(
     from aromni_jax.train.workdir import check_same_config
 
     def check(facts: Any) -> None:
-        for line in check_same_config(facts.config, resolved, path):
+        for line in check_same_config(_with_defaults(facts.config), resolved, path):
             log.info("changed since the last start: %s", line)
         vocab.check_fingerprint(facts.vocab_fingerprint, f"workdir {path}")
         batches.restore(facts.data_position)
 
     return check
+
+
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A config of an older version with the keys it could not have, each as it was before anyone could choose."""
+    from aromni_jax.config import TrainConfig, from_mapping, to_json
+
+    with contextlib.suppress(ValueError):
+        saved = json.loads(to_json(from_mapping(TrainConfig, saved)))
+    return saved
 
 
 def _with_params_from(source: str, state: TrainState, wanted: TrainState, vocab: JointVocab) -> TrainState:
