@@ -18,6 +18,7 @@ from aromni_jax.arrays import PyTree
 from aromni_jax.config import LossConfig, TrainConfig
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.decoder import Decoder
+from aromni_jax.models.gradient_order import gradients_together
 from aromni_jax.structs import PackedBatch, WeightedSum
 from aromni_jax.train.state import Frozen, TrainState, abstract_state, state_shardings
 from aromni_jax.train.update import Updated, as_float32, make_update, streamed
@@ -30,6 +31,9 @@ loss weights), `z_loss`, `perceptual`, and over targets that count `modality` [3
 `num_tokens`, `num_pairs` (real tokens and attended query-key pairs, for `train_flops`), `num_rows_tokens` (padding
 included). Scalars of a training step: `loss`, `grad_norm`, `learning_rate`, `is_finite`."""
 
+_AFTER_LAYERS = ("unembedding", "perceptual_head")
+"""Parameters that meet the last hidden states."""
+
 
 def _terms(
     decoder: Decoder, loss: LossConfig, vocab: JointVocab, params: PyTree, frozen: Frozen, batch: PackedBatch
@@ -37,6 +41,8 @@ def _terms(
     """Next-token sums and the perceptual (sum, weight) of one microbatch."""
     cast = {"params": cast_matrices(decoder.config, params)}
     hidden_BLD: Any = decoder.apply(cast, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
+    hidden_BLD, last = gradients_together(hidden_BLD, {name: params[name] for name in _AFTER_LAYERS if name in params})
+    params = params | last
     next_token = losses.next_token_loss(
         hidden_BLD, params["unembedding"], batch, valid_mask_V=vocab.valid_mask_V, chunk_tokens=loss.chunk_tokens
     )
