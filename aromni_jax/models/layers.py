@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from aromni_jax.models.attention import attention, cached_attention
 from aromni_jax.models.attention_kernels import ATTENDED
 from aromni_jax.models.config import ModelConfig
-from aromni_jax.models.gated_down import gated_down
+from aromni_jax.models.gated_down import gated, gated_down, gated_gradients
 from aromni_jax.models.gradient_order import gradients_together
 from aromni_jax.models.kv_cache import KVCache
 from aromni_jax.models.rope import Rotation, rotate
@@ -30,17 +30,16 @@ _TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
 )
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "nested": jax.checkpoint_policies.nothing_saveable,
     "offload": _TO_HOST,
-    "offload_nested": _TO_HOST,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
 }
 """What a layer keeps for its backward pass: nothing but its input ("full"), each matmul with weights ("dots"),
-attention's output; "none" keeps all. "offload" moves the input to host memory until the backward pass. "nested" frees
-what attention and norms keep before the MLP's backward pass, and computes attention a second time."""
+attention's output; "none" keeps all. "offload" moves the input to host memory until the backward pass."""
 
-KEEP_LAYER_INPUTS = frozenset({"full", "nested", "offload", "offload_nested"})
+KEEP_LAYER_INPUTS = frozenset({"full", "offload"})
+"""Policies that are after memory: inside a layer, too, what is cheap is computed again and gradients come in an order
+that frees activations early. None of it adds a matrix product."""
 
 
 def _fan_in(fan_in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> nn.initializers.Initializer:
@@ -123,6 +122,7 @@ class Attention(nn.Module):
         v_BLKH = constrain(v_BLKH, "batch", "length", "kv_heads", None)
         if cache is None:
             if c.remat in KEEP_LAYER_INPUTS:
+                # Norms and rotations again, attention not: the MLP's backward pass finds q and k of one kind only.
                 attend = nn.remat(attend, policy=REMAT_POLICIES["attention"])
             attended_BLNH = attend(self, q_BLNH, k_BLKH, v_BLKH)
         else:
@@ -138,7 +138,7 @@ class Attention(nn.Module):
 @jax.custom_vjp
 def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up, keeping only its two inputs for the backward pass."""
-    return jax.nn.silu(gate) * up
+    return gated(gate, up)
 
 
 def _gated_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -146,10 +146,7 @@ def _gated_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[jax
 
 
 def _gated_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    gate, up = saved
-    share = jax.nn.sigmoid(gate)
-    silu = gate * share
-    return d_out * up * (share + silu * (1 - share)), d_out * silu
+    return gated_gradients(*saved, d_out)
 
 
 _gated.defvjp(_gated_forward, _gated_backward)
@@ -187,8 +184,10 @@ class MLP(nn.Module):
         def weight(name: str, shape: tuple[int, int], *axes: str) -> jax.Array:
             return self.param(name, logical(_fan_in((0,), (1,)), *axes), shape, param_dtype).astype(dtype)
 
-        gate_BLF = _linear(x_BLD, weight("gate", (c.d_model, c.mlp_dim), "embed", "mlp"))
-        up_BLF = _linear(x_BLD, weight("up", (c.d_model, c.mlp_dim), "embed", "mlp"))
+        gate_DF, up_DF = (weight(name, (c.d_model, c.mlp_dim), "embed", "mlp") for name in ("gate", "up"))
+        if c.remat in KEEP_LAYER_INPUTS:
+            x_BLD, (gate_DF, up_DF) = gradients_together(x_BLD, (gate_DF, up_DF))
+        gate_BLF, up_BLF = _linear(x_BLD, gate_DF), _linear(x_BLD, up_DF)
         w_FD = weight("down", (c.mlp_dim, c.d_model), "mlp", "embed")
         if c.remat in KEEP_LAYER_INPUTS:
             return gated_down(gate_BLF, up_BLF, w_FD)
@@ -226,12 +225,10 @@ class DecoderLayer(nn.Module):
             x_BLD = x_BLD + y_BLD
             return x_BLD + MLP(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BLD))
 
-        block = Attention
         if c.remat in KEEP_LAYER_INPUTS:
-            # Free of work: the layer's output is not computed a second time but here, in its backward pass.
+            # Its result is not needed again, so that all of it is computed again only here, and once.
             after_attention = nn.remat(after_attention)
-            block = nn.remat(Attention) if c.remat.endswith("nested") else Attention
-        attend = block(c, name="attention")
+        attend = Attention(c, name="attention")
         read_BLD = x_BLD if is_swin else RMSNorm(c, name="attention_norm")(x_BLD)
         y_BLD, cache = attend(read_BLD, layer, turn, positions_BL, segment_ids_BL, cache)
         x_BLD = after_attention(self, x_BLD, y_BLD)

@@ -24,6 +24,7 @@ from aromni_jax import partitioning
 from aromni_jax.config import TrainConfig
 from aromni_jax.models.config import ModelConfig, attended_pairs, num_parameters, train_flops
 from aromni_jax.structs import PackedBatch
+from aromni_jax.train.communication import communication_bytes
 from aromni_jax.train.metrics import peak_flops
 from aromni_jax.train.state import Frozen, abstract_state
 from aromni_jax.train.step import make_train_step
@@ -97,7 +98,7 @@ def plan(
     mesh = partitioning.make_mesh(train.mesh, devices)
     started = time.monotonic()
     step: Any = make_train_step(model, train, mesh, vocab, frozen)
-    inputs = abstract_state(model, train, mesh, frozen), _abstract_batch(train, mesh)
+    inputs = abstract_state(model, train, mesh, frozen), abstract_batch(train, mesh)
     lowered = step.lower(*inputs)
     was_refused = False
     try:
@@ -112,10 +113,11 @@ def plan(
     pairs = train.global_batch_size * attended_pairs([train.sequence_length])
     flops = train_flops(model, tokens, pairs)
     done = flops + _recomputed_flops(model, tokens, pairs)
+    sent = communication_bytes(model, train, mesh.shape)
     seconds = {
         "compute": done / (mesh.size * peak),
         "memory": _memory_traffic(model, train, mesh, hbm["arguments"], hbm["temporaries"]) / chip.hbm_bytes_per_second,
-        "interconnect": _interconnect_seconds(model, train, mesh, chip),
+        "interconnect": _interconnect_seconds(sent, train, chip),
     }
     bound_by = max(seconds, key=lambda name: seconds[name])
     return {
@@ -135,6 +137,7 @@ def plan(
         "step_seconds_roofline": seconds[bound_by],
         "roofline_seconds": seconds,
         "bound_by": bound_by,
+        "communication_bytes": {axis: round(count) for axis, count in sent.items()},
         "compile_seconds": compile_seconds,
     }
 
@@ -186,7 +189,8 @@ def _assigned_memory(lowered: Any, inputs: Any, dump: pathlib.Path) -> dict[str,
     return _compiled_memory(compiled[0])
 
 
-def _abstract_batch(train: TrainConfig, mesh: Mesh) -> PackedBatch:
+def abstract_batch(train: TrainConfig, mesh: Mesh) -> PackedBatch:
+    """A global batch as `jax.ShapeDtypeStruct`s with shardings."""
     placement = partitioning.batch_sharding(mesh)
     shape = (train.global_batch_size, train.sequence_length)
 
@@ -215,13 +219,12 @@ def _recomputed_flops(model: ModelConfig, num_tokens: float, num_pairs: float) -
         return logits + scores
     if c.remat == "attention":
         return logits + projections + mlp
-    attention = projections + scores
-    return logits + mlp + (2 * attention if c.remat.endswith("nested") else attention)
+    return logits + mlp + projections + scores
 
 
 def _host_bytes(model: ModelConfig, num_tokens: float) -> int:
     """Memory of the host that one device needs for the inputs of all layers; moving them is taken to be hidden."""
-    if not model.remat.startswith("offload"):
+    if model.remat != "offload":
         return 0
     return round(model.num_layers * num_tokens * model.d_model * jax.numpy.dtype(model.dtype).itemsize)
 
@@ -233,27 +236,7 @@ def _memory_traffic(model: ModelConfig, train: TrainConfig, mesh: Mesh, argument
     return 2.0 * (arguments + temporaries) + train.gradient_accumulation_steps * _passes(model) * weights
 
 
-def _interconnect_seconds(model: ModelConfig, train: TrainConfig, mesh: Mesh, chip: Chip) -> float:
-    """Seconds a device spends sending in a step if nothing overlaps, by the sharding rules.
-
-    fsdp: weights gathered in every pass and gradients summed, for each microbatch, both in the compute type; sums cost
-    twice their bytes, since the compiler makes all-reduces of them. data: gradients summed over copies. tensor: two
-    sums of activations per layer and pass. context: keys and values gathered.
-    """
-    data, fsdp, context, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "context", "tensor"))
-    parameters = num_parameters(model) / tensor
-    activation_bytes = jax.numpy.dtype(model.dtype).itemsize
-    tokens = train.global_batch_size * train.sequence_length / (data * fsdp * context)
-
-    def share(ways: int) -> float:
-        return (ways - 1) / ways
-
-    micro = train.gradient_accumulation_steps
-    by_fsdp = share(fsdp) * micro * parameters * (_passes(model) + 2) * activation_bytes
-    by_data = 2 * share(data) * parameters / fsdp * 4
-    by_tensor = 2 * share(tensor) * 2 * _passes(model) * model.num_layers * tokens * model.d_model * activation_bytes
-    width = 2 * math.ceil(model.num_kv_heads / tensor) * model.head_dim
-    by_context = share(context) * context * _passes(model) * model.num_layers * tokens * width * activation_bytes
-    slow = by_data if train.mesh.num_slices > 1 else 0.0
-    fast = by_fsdp + by_tensor + by_context + (by_data - slow)
-    return fast / chip.link_bytes_per_second + slow / BETWEEN_SLICES_BYTES_PER_SECOND
+def _interconnect_seconds(sent: dict[str, float], train: TrainConfig, chip: Chip) -> float:
+    """Seconds a device spends sending in a step if nothing overlaps; with slices, the data axis goes between them."""
+    slow = sent["data"] if train.mesh.num_slices > 1 else 0.0
+    return (sum(sent.values()) - slow) / chip.link_bytes_per_second + slow / BETWEEN_SLICES_BYTES_PER_SECOND
