@@ -102,7 +102,9 @@ def _on_mesh(function: Any, **specs: Any) -> Any:
 def _chunks(tokens_bl: jax.Array) -> jax.Array:
     """[chunks, tokens of a chunk]: the fewest equal chunks of this device's tokens that keep to `_CHUNK_ROWS`."""
     num_tokens, ways = tokens_bl.size, partitioning.num_shards("embed")
-    num_chunks = next(n for n in range(1, num_tokens + 1) if num_tokens % n == 0 and num_tokens // n * ways <= _CHUNK_ROWS)
+    num_chunks = next(
+        n for n in range(1, num_tokens + 1) if num_tokens % n == 0 and num_tokens // n * ways <= _CHUNK_ROWS
+    )
     return tokens_bl.reshape(num_chunks, -1)
 
 

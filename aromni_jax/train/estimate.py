@@ -85,9 +85,13 @@ def plan(
     `frozen` may hold `jax.ShapeDtypeStruct`s. Rows are taken as full: one document of `sequence_length` tokens each.
     With `dump`, the directory to which this process has told XLA to write, it returns as soon as memory is assigned:
     the compiler then still makes code, which is most of its work, in a thread that only the end of the process stops.
+    `compile_seconds` lasts until then, or without `dump` until the executable is there (`memory_from` says which).
+
+    A batch that the devices do not divide is taken up to the next that they do: `asked_global_batch_size` keeps what
+    the config says.
 
     Raises:
-      ValueError: rows or dimensions that the mesh does not divide, or a kind of device that is not in `CHIPS`.
+      ValueError: dimensions that the mesh does not divide, or a kind of device that is not in `CHIPS`.
     """
     kind = devices[0].device_kind
     names = [name for name in CHIPS if kind.startswith(name)]
@@ -96,6 +100,9 @@ def plan(
         raise ValueError(f"nothing is known about {kind!r}; known kinds are {', '.join(CHIPS)}")
     chip = CHIPS[max(names, key=len)]
     mesh = partitioning.make_mesh(train.mesh, devices)
+    asked = train.global_batch_size
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * train.gradient_accumulation_steps
+    train = dataclasses.replace(train, global_batch_size=math.ceil(asked / ways) * ways)
     started = time.monotonic()
     step: Any = make_train_step(model, train, mesh, vocab, frozen)
     inputs = abstract_state(model, train, mesh, frozen), abstract_batch(train, mesh)
@@ -127,6 +134,7 @@ def plan(
         "num_slices": train.mesh.num_slices,
         "remat": model.remat,
         "global_batch_size": train.global_batch_size,
+        "asked_global_batch_size": asked,
         "sequence_length": train.sequence_length,
         "parameters": num_parameters(model),
         "hbm_bytes": hbm,
@@ -139,6 +147,7 @@ def plan(
         "bound_by": bound_by,
         "communication_bytes": {axis: round(count) for axis, count in sent.items()},
         "compile_seconds": compile_seconds,
+        "memory_from": "executable" if dump is None else "memory report",
     }
 
 

@@ -124,8 +124,7 @@ def test_mesh_and_microbatches_together_do_not_change_gradients(reference):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"remat": name} for name in ("full", "offload", "dots", "attention")]
-    + [{"scan_layers": False}],
+    [{"remat": name} for name in ("full", "offload", "dots", "attention")] + [{"scan_layers": False}],
 )
 def test_remat_and_unrolling_do_not_change_gradients(reference, changes):
     assert_same(reference, gradients_of(random_batch(0), model=model_config(**changes)))
