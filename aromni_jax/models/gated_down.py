@@ -68,9 +68,9 @@ def _written_over(
     def body(index: jax.Array, both: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         start = index * chunk
         gate, up, d_out = (jax.lax.dynamic_slice_in_dim(x, start, chunk) for x in (*both, d_out_TD))
-        gradients = gated_gradients(gate, up, jnp.einsum("TD,FD->TF", d_out, w_FD))
-        updated = (jax.lax.dynamic_update_slice_in_dim(x, g, start, 0) for x, g in zip(both, gradients))
-        return tuple(updated)
+        d_gate, d_up = gated_gradients(gate, up, jnp.einsum("TD,FD->TF", d_out, w_FD))
+        update = jax.lax.dynamic_update_slice_in_dim
+        return update(both[0], d_gate, start, 0), update(both[1], d_up, start, 0)
 
     both = gate_BLF.reshape(num_tokens, -1), up_BLF.reshape(num_tokens, -1)
     d_gate, d_up = jax.lax.fori_loop(0, num_tokens // chunk, body, both)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from aromni_jax import losses
 from aromni_jax.config import TrainConfig
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.partitioning import MESH_AXES
@@ -24,7 +25,7 @@ def communication_bytes(model: ModelConfig, train: TrainConfig, shape: Mapping[s
     fsdp: matrices gathered for the forward and for the backward pass, their gradients summed (the compiler makes
     all-reduces of these, also where a device keeps only its part), rows of the embedding and their gradients exchanged.
     data, context: gradients of what a device keeps summed, after fsdp. tensor: activations summed behind each pair of
-    split matrices. context: keys and values gathered, their gradients summed where they came from.
+    split matrices, and the gradient of the hidden states once a block of the vocabulary. context: keys and values gathered, their gradients summed where they came from.
     """
     data, fsdp, context, tensor = (shape[axis] for axis in MESH_AXES)
     size = jnp.dtype(model.dtype).itemsize
@@ -32,6 +33,7 @@ def communication_bytes(model: ModelConfig, train: TrainConfig, shape: Mapping[s
     tokens = train.global_batch_size * train.sequence_length / (data * fsdp * context)
     matrices = _matrix_parameters(model) / tensor * size
     table = model.vocab_size * model.d_model / (tensor * fsdp) * _FLOAT32
+    blocks = losses.count_blocks(model.vocab_size, tokens / (tensor * micro), train.loss.chunk_tokens, tensor)
     rows = tokens * model.d_model * size
     # Gradients of matrices are summed over fsdp whole, then over the other axes the part that a device keeps.
     kept = micro * (matrices / fsdp + table)
@@ -40,7 +42,7 @@ def communication_bytes(model: ModelConfig, train: TrainConfig, shape: Mapping[s
         "fsdp": _share(fsdp) * (micro * 4 * matrices + 2 * rows),
         "context": 2 * _share(context) * kept + _keys_and_values(model, context, tensor, tokens) * size,
         "tensor": 2 * _share(tensor) * rows * (1 + model.num_layers * _summed_activations(model))
-        + 2 * _share(tensor) * tokens * model.d_model * _FLOAT32,
+        + 2 * _share(tensor) * tokens * _FLOAT32 * blocks * (model.d_model + 3),
     }
 
 
