@@ -25,7 +25,8 @@ def communication_bytes(model: ModelConfig, train: TrainConfig, shape: Mapping[s
     fsdp: matrices gathered for the forward and for the backward pass, their gradients summed (the compiler makes
     all-reduces of these, also where a device keeps only its part), rows of the embedding and their gradients exchanged.
     data, context: gradients of what a device keeps summed, after fsdp. tensor: activations summed behind each pair of
-    split matrices, and the gradient of the hidden states once a block of the vocabulary. context: keys and values gathered, their gradients summed where they came from.
+    split matrices, and the gradient of the hidden states once a block of the vocabulary. context: keys and values
+    gathered, their gradients summed where they came from.
     """
     data, fsdp, context, tensor = (shape[axis] for axis in MESH_AXES)
     size = jnp.dtype(model.dtype).itemsize
