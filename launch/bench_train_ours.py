@@ -20,7 +20,7 @@ from aromni_jax.models.attention import attention
 from aromni_jax.models.config import attended_pairs, num_parameters, resolve_model, train_flops
 from aromni_jax.structs import PackedBatch
 from aromni_jax.train.state import init_state
-from aromni_jax.train.step import loss_and_gradients, make_train_step
+from aromni_jax.train.step import loss_and_gradients, make_learning_rate, make_train_step
 from aromni_jax.vocab import JointVocab
 
 _REPEATS = 3
@@ -47,8 +47,9 @@ class Trainer:
         self._batches = {
             name: partitioning.put_batch(PackedBatch(**fields), self._mesh) for name, fields in batches.items()
         }
+        self._rate, self._num_steps = make_learning_rate(self._train, self._mesh), 0
         step: Any = make_train_step(self._model, self._train, self._mesh, self._vocab)
-        self._step = step.lower(self._state, self._batches["dense"]).compile()
+        self._step = step.lower(self._state, self._batches["dense"], self._rate(0)).compile()
 
     def describe(self) -> dict[str, Any]:
         """Device and shape; of each batch its useful `tokens` and model `flops`."""
@@ -81,7 +82,9 @@ class Trainer:
 
     def step(self, name: str) -> float:
         """Trains one step on a batch; its loss."""
-        self._state, metrics = self._step(self._state, self._batches[name])
+        rate = self._rate(self._num_steps)
+        self._state, metrics = self._step(self._state, self._batches[name], rate)
+        self._num_steps += 1
         return float(metrics["loss"])
 
     def products(self, width: int, count: int) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import pathlib
-import platform
+
+from aromni_jax.train import toolchain
 
 log = logging.getLogger(__name__)
 
@@ -26,20 +26,10 @@ def keep_compiled_programs(workdir: pathlib.Path) -> None:
     folder = workdir / "compiled" if jax.process_count() > 1 else pathlib.Path(home) / "aromni" / "xla"
     if jax.default_backend() == "cpu":
         # Code for one CPU may use instructions that another does not have, and homes are shared between machines.
-        folder /= _cpu()
+        folder /= toolchain.cpu_name()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         log.warning("compiled programs are not kept: %s: %s", folder, error.strerror)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def _cpu() -> str:
-    """A name for the kind of CPU: two that have the same name have the same instructions."""
-    facts = {platform.machine(), platform.processor()}
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        keys = ("model name", "flags", "Features", "CPU part")
-        facts |= {line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith(keys)}
-    return "cpu-" + hashlib.sha256("\n".join(sorted(facts)).encode()).hexdigest()[:16]

@@ -2,6 +2,12 @@
 
 The compiler knows how much memory a program takes long before it has made code for it. So a plan normally stops there;
 `--compile` goes on to the executable, which also finds what only making code can (a kernel that does not fit VMEM).
+
+    aromni plan --config=configs/pretrain.py:debug --topology=local --executable=step.bin
+    aromni train --config=configs/pretrain.py:debug --workdir=runs/debug --executable=step.bin
+
+`--executable` keeps what was compiled, for runs of the same model, batch, mesh, versions and source on such devices:
+the learning rate and its schedule, the number of steps and the weights of the loss may differ.
 """
 
 from __future__ import annotations
@@ -11,10 +17,19 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+import sys
+import time
+from typing import TYPE_CHECKING, Any
 
 from launch import plan_search
 from launch.flags import add_config_argument, load_config
+
+if TYPE_CHECKING:
+    from aromni_jax.config import TrainConfig
+    from aromni_jax.vocab import JointVocab
+
+LOCAL = "local"
+"""The "topology" of the devices that this machine has."""
 
 _CODE_WIDTH = 256
 """Width of the image codebook of the released layout (METHOD section 4)."""
@@ -32,13 +47,23 @@ _QUIET_COMPILER = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `aromni plan`."""
     add_config_argument(parser)
-    parser.add_argument("--topology", required=True, metavar="NAME", help="for example v5e:16x16 or v5p:4x4x4 (chips)")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="for example v5e:16x16 or v5p:4x4x4 (chips); with --executable also local, the devices of this machine",
+    )
     parser.add_argument("--num_slices", type=int, default=1, metavar="S", help="slices of that shape (default: 1)")
     parser.add_argument(
         "--compile", action="store_true", help="compile to the end, which takes minutes, not only until memory is known"
     )
     parser.add_argument(
         "--search", action="store_true", help="try rows per chip, remat policies and tensor ways; print the best"
+    )
+    parser.add_argument(
+        "--executable",
+        metavar="FILE",
+        help="compile to the end and write the step there, for `aromni train`",
     )
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
 
@@ -48,9 +73,17 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args)
     if args.num_slices < 1:
         raise ValueError(f"--num_slices={args.num_slices} must be at least 1")
-    os.environ.update(_QUIET_COMPILER)
     plain = config.to_dict()
-    if args.search:
+    if args.search and args.executable:
+        raise ValueError("--search compiles many steps and --executable writes one; give one of them")
+    if args.topology == LOCAL:
+        return _compile_here(plain, args)
+    os.environ.update(_QUIET_COMPILER)
+    if args.executable:
+        result = plan_config(plain, args.topology, args.num_slices, executable=args.executable)
+        print(describe(result))
+        print(f"written: {args.executable} ({pathlib.Path(args.executable).stat().st_size:,} bytes)")
+    elif args.search:
         result = _search(plain, args.topology, args.num_slices)
     else:
         name, plan = ("compiled", plan_config) if args.compile else ("assigned", plan_search.assigned_memory_plan)
@@ -59,6 +92,59 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _compile_here(config_dict: dict[str, Any], args: argparse.Namespace) -> int:
+    """Writes the step compiled for the devices of this machine."""
+    if not args.executable or args.json or args.num_slices > 1:
+        raise ValueError(f"--topology={LOCAL} goes with --executable alone: plans are made for TPUs that are not here")
+    import jax
+
+    from aromni_jax import partitioning
+    from aromni_jax.config import TrainConfig, from_mapping
+    from aromni_jax.models.config import resolve_model
+    from aromni_jax.train import executable
+    from aromni_jax.train.step import abstract_inputs, make_train_step
+
+    train = from_mapping(TrainConfig, config_dict)
+    mesh = partitioning.make_mesh(train.mesh)
+    vocab, frozen, code_width = _vocabulary(train)
+    model = resolve_model(train.model, vocab.size, code_width)
+    started = time.monotonic()
+    step: Any = make_train_step(model, train, mesh, vocab, frozen)
+    compiled = step.lower(*abstract_inputs(model, train, mesh, frozen)).compile()
+    seconds = time.monotonic() - started
+    facts = executable.program_facts(model, train, mesh, vocab, frozen)
+    num_bytes = executable.save(args.executable, compiled, facts)
+    kind = jax.devices()[0].device_kind
+    print(f"compiled for {mesh.size} x {kind} in {seconds:.1f} s; written: {args.executable} ({num_bytes:,} bytes)")
+    return 0
+
+
+def _vocabulary(train: TrainConfig) -> tuple[JointVocab, dict[str, Any], int]:
+    """Vocabulary, frozen arrays and code width E that `aromni train` would use; where the data are not here, the
+    released layout's, and said so."""
+    from launch.training_data import vocabulary_and_frozen
+
+    try:
+        vocab, frozen, _ = vocabulary_and_frozen(train)
+    except ValueError as error:
+        print(f"the step is made for the released vocabulary: {error}", file=sys.stderr)
+        return _released(train)
+    return vocab, frozen, frozen["image_codebook"].shape[1] if frozen else 0
+
+
+def _released(train: TrainConfig) -> tuple[JointVocab, dict[str, Any], int]:
+    import jax
+    import numpy as np
+
+    from aromni_jax.vocab import JointVocab
+
+    vocab = JointVocab.released()
+    assert vocab.image
+    if not train.loss.perceptual_weight:
+        return vocab, {}, 0
+    return vocab, {"image_codebook": jax.ShapeDtypeStruct((vocab.image.size, _CODE_WIDTH), np.float32)}, _CODE_WIDTH
 
 
 def _search(config: dict[str, Any], topology: str, num_slices: int) -> dict[str, Any]:
@@ -92,32 +178,54 @@ def _search(config: dict[str, Any], topology: str, num_slices: int) -> dict[str,
 
 
 def plan_config(
-    config_dict: Any, topology: str, num_slices: int = 1, dump: pathlib.Path | None = None
+    config_dict: Any,
+    topology: str,
+    num_slices: int = 1,
+    dump: pathlib.Path | None = None,
+    executable: str | None = None,
 ) -> dict[str, Any]:
     """The plan of a training config on the released vocabulary layout; no data set is needed (`dump`: `estimate.plan`).
 
-    Raises:
-      ValueError: an unknown topology, or a config that does not fit its mesh.
-    """
-    import jax
-    import numpy as np
+    With `executable`, the vocabulary is that of the data, and the compiled step is written to that file.
 
+    Raises:
+      ValueError: an unknown topology, a config that does not fit its mesh, or no step to write.
+    """
     from aromni_jax.config import TrainConfig, from_mapping
     from aromni_jax.models.config import resolve_model
     from aromni_jax.train import estimate
-    from aromni_jax.vocab import JointVocab
 
     train = from_mapping(TrainConfig, config_dict)
     if num_slices > 1:
         data = num_slices if train.mesh.data == 1 else train.mesh.data
         train = dataclasses.replace(train, mesh=dataclasses.replace(train.mesh, num_slices=num_slices, data=data))
-    vocab = JointVocab.released()
-    assert vocab.image
-    is_aligned = train.loss.perceptual_weight > 0
-    codebook = jax.ShapeDtypeStruct((vocab.image.size, _CODE_WIDTH), np.float32)
-    model = resolve_model(train.model, vocab.size, _CODE_WIDTH if is_aligned else 0)
+    vocab, frozen, code_width = _vocabulary(train) if executable else _released(train)
+    model = resolve_model(train.model, vocab.size, code_width)
     devices = estimate.describe_topology(topology, num_slices)
-    return estimate.plan(model, train, vocab, {"image_codebook": codebook} if is_aligned else {}, devices, dump)
+    if not executable:
+        return estimate.plan(model, train, vocab, frozen, devices, dump)
+
+    from aromni_jax.train.executable import program_facts, save
+
+    is_written = False
+
+    def write(compiled: Any, compiled_for: TrainConfig, mesh: Any) -> None:
+        nonlocal is_written
+        if compiled_for.global_batch_size != train.global_batch_size:
+            raise ValueError(
+                f"global_batch_size {train.global_batch_size} does not divide over {mesh.size} devices; "
+                f"{compiled_for.global_batch_size} does"
+            )
+        save(executable, compiled, program_facts(model, compiled_for, mesh, vocab, frozen))
+        is_written = True
+
+    result = estimate.plan(model, train, vocab, frozen, devices, on_compiled=write)
+    if not is_written:
+        raise ValueError(
+            f"nothing is written to {executable}: the step needs {result['hbm_bytes']['peak'] / (1 << 30):.1f} GiB and "
+            f"a device has {result['hbm_capacity_bytes'] / (1 << 30):.0f}; see `aromni plan` without --executable"
+        )
+    return result
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -13,6 +12,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from aromni_jax.train import toolchain
 
 REMATS = ("dots", "attention", "full", "offload")
 """From the least computed again to the least memory."""
@@ -28,7 +29,7 @@ Plan = Callable[[dict[str, Any], str, int], Result]
 def cached(name: str, plan: Plan) -> Plan:
     """`plan` that answers from the user's cache directory what was asked before with the same versions and source."""
     folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "aromni" / "plan"
-    facts = [name, _source_hash(), *(f"{package} {_version(package)}" for package in ("jax", "jaxlib", "libtpu"))]
+    facts = [name, toolchain.source_hash(), toolchain.versions()]
 
     def answer(config: dict[str, Any], topology: str, num_slices: int) -> Result:
         key = json.dumps([facts, config, topology, num_slices], sort_keys=True)
@@ -43,24 +44,6 @@ def cached(name: str, plan: Plan) -> Plan:
         return result
 
     return answer
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
-def _source_hash() -> str:
-    """SHA-256 over the library, which is all that the compiled step depends on."""
-    import aromni_jax
-
-    root = pathlib.Path(aromni_jax.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
 
 
 def assigned_memory_plan(config: dict[str, Any], topology: str, num_slices: int) -> Result:

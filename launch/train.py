@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_argument(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run; the same command goes on")
     parser.add_argument("--profile_steps", metavar="FIRST:LAST", help="record these steps with the JAX profiler")
+    parser.add_argument(
+        "--executable", metavar="FILE", help="the compiled step that `aromni plan --executable=FILE` made, for this run"
+    )
     distributed.add_arguments(parser)
 
 
@@ -60,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
         if not (first.isdigit() and last.isdigit()):
             raise ValueError(f"--profile_steps={args.profile_steps}: give FIRST:LAST, for example 10:15")
         hooks.append(ProfilerWindow(pathlib.Path(args.workdir), int(first), int(last)))
-    run_training(config, args.workdir, hooks, started=started)
+    run_training(config, args.workdir, hooks, started=started, executable=args.executable)
     return 0
 
 
@@ -92,16 +95,17 @@ def run_training(
     evaluate: Callable[[TrainState, int], dict[str, Any]] | None = None,
     with_progress: bool = True,
     started: float | None = None,
+    executable: str | os.PathLike[str] | None = None,
 ) -> TrainResult:
     """Trains `config` in `workdir` from the newest checkpoint there, or from the beginning.
 
     `evaluate(state, step)`, by default the losses on `data.evaluation`, runs every `config.eval_every_steps`; its
     numbers go to `evaluations.jsonl` and the hooks. The first step is timed from `started` (`time.monotonic()`), by
-    default from now.
+    default from now. With `executable`, the step is loaded from that file instead of compiled.
 
     Raises:
       ValueError: the workdir cannot be written or belongs to another config, vocabulary or data set, every checkpoint
-        is damaged, or the config does not fit the devices or the data.
+        is damaged, the config does not fit the devices or the data, or `executable` is of another step.
     """
     import jax
 
@@ -111,10 +115,11 @@ def run_training(
     from aromni_jax.train import observe
     from aromni_jax.train import workdir as workdirs
     from aromni_jax.train.checkpoint import Checkpointer, RunFacts
+    from aromni_jax.train.executable import open_executable, program_facts
     from aromni_jax.train.loop import TrainLoop
     from aromni_jax.train.metrics import MetricsWindow, peak_flops
     from aromni_jax.train.state import abstract_state, init_state
-    from aromni_jax.train.step import make_train_step
+    from aromni_jax.train.step import make_learning_rate, make_train_step
     from aromni_jax.train.watchdog import Watchdog
     from launch.heldout import HeldOutLosses
     from launch.training_data import open_data
@@ -127,6 +132,8 @@ def run_training(
     vocab, batches, frozen = data.vocab, data.batches, data.frozen
     model = resolve_model(config.model, vocab.size, data.perceptual_dim)
     wanted = abstract_state(model, config, mesh, frozen)
+    learning_rate = make_learning_rate(config, mesh)
+    load = open_executable(executable, program_facts(model, config, mesh, vocab, frozen), mesh) if executable else None
 
     if evaluate is None and config.eval_every_steps:
         if not config.data.evaluation:
@@ -178,6 +185,8 @@ def run_training(
         loop = TrainLoop(
             config=config,
             step=make_train_step(model, config, mesh, vocab, frozen),
+            learning_rate=learning_rate,
+            load=load,
             batches=batches,
             place=lambda batch: partitioning.put_batch(batch, mesh),
             checkpointer=checkpointer,

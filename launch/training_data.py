@@ -62,8 +62,7 @@ def open_data(config: TrainConfig, local_rows: np.ndarray) -> TrainingData:
       ValueError: no data set where the config says, data sets of different vocabularies, or perceptual alignment wanted
         where there is no image tokenizer.
     """
-    tokenizers = None if config.data.mixture == "synthetic" else _tokenizers_of(config)
-    vocab = _read_vocab(tokenizers) if tokenizers else _synthetic_vocab(config.sequence_length)
+    vocab, frozen, tokenizers = vocabulary_and_frozen(config)
     batches = make_train_iterator(
         config.data,
         vocab,
@@ -73,10 +72,20 @@ def open_data(config: TrainConfig, local_rows: np.ndarray) -> TrainingData:
         global_batch_size=config.global_batch_size,
         local_rows=local_rows,
     )
-    frozen: dict[str, Any] = {}
-    if config.loss.perceptual_weight and vocab.image:
-        frozen = {"image_codebook": _codebook(tokenizers, vocab)}
     return TrainingData(vocab, batches, frozen, tokenizers)
+
+
+def vocabulary_and_frozen(config: TrainConfig) -> tuple[JointVocab, dict[str, Any], pathlib.Path | None]:
+    """Vocabulary, frozen arrays and tokenizers folder (None for synthetic rows) of a config; no record is read.
+
+    Raises:
+      ValueError: as `open_data` does for tokenizers.
+    """
+    tokenizers = None if config.data.mixture == "synthetic" else _tokenizers_of(config)
+    vocab = _read_vocab(tokenizers) if tokenizers else _synthetic_vocab(config.sequence_length)
+    if not (config.loss.perceptual_weight and vocab.image):
+        return vocab, {}, tokenizers
+    return vocab, {"image_codebook": _codebook(tokenizers, vocab)}, tokenizers
 
 
 def _synthetic_vocab(sequence_length: int) -> JointVocab:

@@ -12,22 +12,20 @@ import pathlib
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from aromni_jax import partitioning
 from aromni_jax.config import TrainConfig
 from aromni_jax.models.config import ModelConfig, attended_pairs, num_parameters, train_flops
-from aromni_jax.structs import PackedBatch
 from aromni_jax.train.communication import communication_bytes
 from aromni_jax.train.metrics import peak_flops
-from aromni_jax.train.state import Frozen, abstract_state
-from aromni_jax.train.step import make_train_step
+from aromni_jax.train.state import Frozen
+from aromni_jax.train.step import abstract_inputs, make_train_step
 from aromni_jax.train.update import HOST
 from aromni_jax.vocab import JointVocab
 
@@ -79,6 +77,7 @@ def plan(
     frozen: Frozen,
     devices: Sequence[jax.Device],
     dump: pathlib.Path | None = None,
+    on_compiled: Callable[[jax.stages.Compiled, TrainConfig, Mesh], None] | None = None,
 ) -> dict[str, Any]:
     """Compiles the train step of a config for `devices` and reports memory and a roofline (keys: CLI contract).
 
@@ -86,6 +85,7 @@ def plan(
     With `dump`, the directory to which this process has told XLA to write, it returns as soon as memory is assigned:
     the compiler then still makes code, which is most of its work, in a thread that only the end of the process stops.
     `compile_seconds` lasts until then, or without `dump` until the executable is there (`memory_from` says which).
+    `on_compiled` then gets it, with the config it was compiled for and its mesh.
 
     A batch that the devices do not divide is taken up to the next that they do: `asked_global_batch_size` keeps what
     the config says.
@@ -105,17 +105,23 @@ def plan(
     train = dataclasses.replace(train, global_batch_size=math.ceil(asked / ways) * ways)
     started = time.monotonic()
     step: Any = make_train_step(model, train, mesh, vocab, frozen)
-    inputs = abstract_state(model, train, mesh, frozen), abstract_batch(train, mesh)
+    inputs = abstract_inputs(model, train, mesh, frozen)
     lowered = step.lower(*inputs)
-    was_refused = False
+    compiled, was_refused = None, False
     try:
-        hbm = _compiled_memory(lowered.compile()) if dump is None else _assigned_memory(lowered, inputs, dump)
+        if dump is None:
+            compiled = lowered.compile()
+            hbm = _compiled_memory(compiled)
+        else:
+            hbm = _assigned_memory(lowered, inputs, dump)
     except jax.errors.JaxRuntimeError as error:
         # The compiler refuses what does not fit, and says how much it would have needed.
         if not (found := _TOO_MUCH.search(str(error))):
             raise
         was_refused, hbm = True, _hbm(inputs, _argument_bytes(inputs) + float(found[1]) * _GIB)
     compile_seconds = time.monotonic() - started
+    if on_compiled and compiled:
+        on_compiled(compiled, train, mesh)
     tokens = train.global_batch_size * train.sequence_length
     pairs = train.global_batch_size * attended_pairs([train.sequence_length])
     flops = train_flops(model, tokens, pairs)
@@ -196,18 +202,6 @@ def _assigned_memory(lowered: Any, inputs: Any, dump: pathlib.Path) -> dict[str,
     if failed:
         raise failed[0]
     return _compiled_memory(compiled[0])
-
-
-def abstract_batch(train: TrainConfig, mesh: Mesh) -> PackedBatch:
-    """A global batch as `jax.ShapeDtypeStruct`s with shardings."""
-    placement = partitioning.batch_sharding(mesh)
-    shape = (train.global_batch_size, train.sequence_length)
-
-    def field(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=placement)
-
-    ids, flags = field(np.int32), field(np.int8)
-    return PackedBatch(ids, ids, ids, ids, field(np.float32), flags, flags, field(np.bool_))
 
 
 def _passes(model: ModelConfig) -> int:

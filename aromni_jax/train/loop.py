@@ -127,7 +127,8 @@ class _Pending:
 class TrainLoop:
     """Runs steps `first_step + 1 .. config.total_steps`.
 
-    `step` is a jitted `(state, batch) -> (state, metrics)` that donates the state; `place` makes global arrays of the
+    `step` is a jitted `(state, batch, rate) -> (state, metrics)` that donates the state, and `learning_rate` gives the
+    rate of the step after so many; `load`, if given, fetches the compiled step. `place` makes global arrays of the
     rows this process drew; `facts` tells what a checkpoint should say, given the data position and the metrics window;
     `flops` maps (real tokens, attended pairs) of a window to model FLOPs and `peak_flops` is that of the whole mesh.
     `evaluate(state, step)` runs every `config.eval_every_steps` and its result goes to the hooks. `watchdog` hears what
@@ -139,6 +140,8 @@ class TrainLoop:
         *,
         config: TrainConfig,
         step: Any,
+        learning_rate: Callable[[int], Any],
+        load: Callable[[], Callable[..., Any]] | None = None,
         batches: Batches,
         place: Callable[[PackedBatch], PyTree],
         checkpointer: Checkpointer,
@@ -153,6 +156,8 @@ class TrainLoop:
     ):
         self._config = config
         self._jitted_step = step
+        self._learning_rate = learning_rate
+        self._load = load
         self._batches = batches
         self._place = place
         self._checkpointer = checkpointer
@@ -183,13 +188,13 @@ class TrainLoop:
             with StopRequest() as stop:
                 drawn = self._draw() if step < total else None
                 self._watchdog.enter("compile")
-                run_step = self._compile(state, drawn.batch) if drawn else None
+                run_step = self._compile(state, drawn.batch, step) if drawn else None
                 for hook in self._hooks:
                     hook.on_start(step, total)
                 self._watchdog.enter("step")
                 self._restart_clock()
                 while run_step and drawn and not is_stopping:
-                    state, metrics = run_step(state, drawn.batch)
+                    state, metrics = run_step(state, drawn.batch, self._learning_rate(step))
                     step += 1
                     done = _Pending(step, metrics, drawn.position, drawn.wait_seconds)
                     self._pending.append(done)
@@ -207,9 +212,10 @@ class TrainLoop:
                 hook.on_end(step)
         return LoopResult(state, step, is_interrupted=drawn is not None)
 
-    def _compile(self, state: PyTree, batch: PyTree) -> Callable[[PyTree, PyTree], tuple[PyTree, Any]]:
+    def _compile(self, state: PyTree, batch: PyTree, step: int) -> Callable[..., tuple[PyTree, Any]]:
         start = time.monotonic()
-        compiled = self._jitted_step.lower(state, batch).compile()
+        rate = self._learning_rate(step)
+        compiled = self._load() if self._load else self._jitted_step.lower(state, batch, rate).compile()
         self._start_facts = {"compile_seconds": time.monotonic() - start}
         # Collectives have timeouts of their own (30 s between CPUs), which a process that compiles longer would break.
         barrier = ocp.multihost.sync_global_processes(

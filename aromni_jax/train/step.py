@@ -1,4 +1,4 @@
-"""One training step as a pure function of (state, batch): loss, gradients, update, metrics.
+"""One training step as a pure function of (state, batch, learning rate): loss, gradients, update, metrics.
 
 Every term of the objective is normalised by its weight over the whole global batch, which is known before the first
 microbatch, so that no split into microbatches or devices changes the gradient.
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aromni_jax import losses, optim, partitioning
@@ -147,27 +148,26 @@ def loss_and_gradients(
 
 def make_train_step(
     model: ModelConfig, train: TrainConfig, mesh: Mesh, vocab: JointVocab, frozen: Frozen | None = None
-) -> Callable[[TrainState, PackedBatch], tuple[TrainState, StepMetrics]]:
-    """A jitted `(state, batch) -> (state, metrics)`; the state is donated, every leaf has a NamedSharding.
+) -> Callable[[TrainState, PackedBatch, Any], tuple[TrainState, StepMetrics]]:
+    """A jitted `(state, batch, rate) -> (state, metrics)`; the state is donated, every leaf has a NamedSharding.
 
-    `batch` is the global batch [B, L] (`partitioning.put_batch`); `frozen` gives the shapes of `state.frozen`. A step
-    whose loss or gradient is not finite leaves parameters, optimizer and average as they were, adds one to
-    `skipped_steps`, and still advances `step`. The result has `.lower(abstract_state, abstract_batch)`.
+    `batch` is the global batch [B, L] (`partitioning.put_batch`); `frozen` gives the shapes of `state.frozen`;
+    `rate` is the learning rate of this step, a float32 scalar (`make_learning_rate`), so that no schedule is part of
+    the program. A step whose loss or gradient is not finite leaves parameters, optimizer and average as they were, adds
+    one to `skipped_steps`, and still advances `step`. The result has `.lower(*abstract_inputs(...))`.
 
     Raises:
       ValueError: rows that do not divide over microbatches and devices; a perceptual loss without its codebook.
     """
     optimizer = optim.make_optimizer(train.optimizer)
-    schedule = optim.make_schedule(train.optimizer, train.total_steps)
     _check(model, train, mesh, vocab, frozen)
 
-    def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: PackedBatch, rate: jax.Array) -> tuple[TrainState, StepMetrics]:
         # Gradients of float32 values, also where these are rounded: an embedding sums those of all its tokens.
         params = as_float32(state.params)
         value, gradients, metrics = loss_and_gradients(model, train, vocab, params, state.frozen, batch)
         norm = optim.global_norm(gradients)
         is_finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        rate = schedule(state.step)
         gradients = optim.clip_by_norm(gradients, norm, train.optimizer.clip_norm)
         update = make_update(optimizer, train.optimizer.ema_decay, rate, is_finite)
         if train.optimizer.offload:
@@ -184,12 +184,43 @@ def make_train_step(
         return new_state, metrics | scalars
 
     placement = state_shardings(abstract_state(model, train, mesh, frozen))
+    everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         partitioning.on_mesh(step, mesh),
-        in_shardings=(placement, partitioning.batch_sharding(mesh)),
-        out_shardings=(placement, NamedSharding(mesh, PartitionSpec())),
+        in_shardings=(placement, partitioning.batch_sharding(mesh), everywhere),
+        out_shardings=(placement, everywhere),
         donate_argnums=0,
     )
+
+
+def make_learning_rate(train: TrainConfig, mesh: Mesh) -> Callable[[int], jax.Array]:
+    """`rate(step)`, the learning rate of the step after `step` steps, on all devices of the mesh.
+
+    Nobody waits for it: it is a program of its own that the devices run before the step.
+
+    Raises:
+      ValueError: warm-up and decay do not fit into the run.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    schedule = optim.make_schedule(train.optimizer, train.total_steps)
+    rate = jax.jit(schedule, in_shardings=everywhere, out_shardings=everywhere)
+    return lambda step: rate(np.int32(step))
+
+
+def abstract_inputs(
+    model: ModelConfig, train: TrainConfig, mesh: Mesh, frozen: Frozen | None = None
+) -> tuple[TrainState, PackedBatch, Any]:
+    """State, global batch and learning rate of a train step as `jax.ShapeDtypeStruct`s with shardings."""
+    placement = partitioning.batch_sharding(mesh)
+    shape = (train.global_batch_size, train.sequence_length)
+
+    def field(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placement)
+
+    ids = field(np.int32)
+    batch = PackedBatch(ids, ids, ids, ids, field(np.float32), ids, ids, field(np.bool_))
+    rate = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    return abstract_state(model, train, mesh, frozen), batch, rate
 
 
 def make_eval_step(

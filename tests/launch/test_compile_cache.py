@@ -11,7 +11,7 @@ import sys
 import jax
 import pytest
 
-from launch import compile_cache
+from aromni_jax.train import toolchain
 from launch.compile_cache import keep_compiled_programs
 from tests.fixtures.source_tree import ROOT
 
@@ -56,10 +56,10 @@ def test_a_folder_that_cannot_be_made_is_done_without(unset, monkeypatch, tmp_pa
 
 
 def test_another_kind_of_cpu_has_another_folder(monkeypatch):
-    here = compile_cache._cpu()
-    assert here == compile_cache._cpu()
-    monkeypatch.setattr(compile_cache.platform, "machine", lambda: "another")
-    assert here != compile_cache._cpu()
+    here = toolchain.cpu_name()
+    assert here == toolchain.cpu_name()
+    monkeypatch.setattr(toolchain.platform, "machine", lambda: "another")
+    assert here != toolchain.cpu_name()
 
 
 @pytest.mark.slow

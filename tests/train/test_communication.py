@@ -11,10 +11,8 @@ import pytest
 from aromni_jax import partitioning
 from aromni_jax.config import MeshConfig, TrainConfig, from_mapping
 from aromni_jax.models.config import resolve_model
-from aromni_jax.train import estimate
 from aromni_jax.train.communication import communication_bytes
-from aromni_jax.train.state import abstract_state
-from aromni_jax.train.step import make_train_step
+from aromni_jax.train.step import abstract_inputs, make_train_step
 from aromni_jax.vocab import JointVocab
 from launch.flags import load_config
 from tests.fixtures.collectives import sent_bytes
@@ -37,7 +35,7 @@ def compiled_and_counted(sizes, remat):
     model = dataclasses.replace(model, remat=remat, num_layers=3, d_model=256, mlp_dim=512)
     mesh = partitioning.make_mesh(train.mesh, jax.devices())
     step = make_train_step(model, train, mesh, VOCAB, {})
-    compiled = step.lower(abstract_state(model, train, mesh, {}), estimate.abstract_batch(train, mesh)).compile()
+    compiled = step.lower(*abstract_inputs(model, train, mesh, {})).compile()
     return sent_bytes(compiled.as_text(), mesh), communication_bytes(model, train, mesh.shape)
 
 

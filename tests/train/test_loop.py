@@ -56,7 +56,7 @@ def config_of(**changes) -> TrainConfig:
 
 
 @jax.jit
-def toy_step(state, batch):
+def toy_step(state, batch, rate):
     """Adds the batch to a running sum; a negative batch is one that is not finite."""
     value = batch.astype(jnp.float32).sum()
     good = value >= 0
@@ -66,7 +66,7 @@ def toy_step(state, batch):
     metrics |= {"modality": WeightedSum(cells.sum.sum(0), cells.weight.sum(0))}
     metrics |= {"task": WeightedSum(cells.sum.sum(1), cells.weight.sum(1)), "accuracy": cells}
     metrics |= {"weight_share": cells.weight, "num_tokens": 2.0, "num_pairs": 3.0, "num_rows_tokens": 4.0}
-    metrics |= {"loss": value, "grad_norm": value, "learning_rate": 0.1 * value, "is_finite": good}
+    metrics |= {"loss": value, "grad_norm": value, "learning_rate": rate, "is_finite": good}
     return {"params": {"sum": state["params"]["sum"] + value}}, metrics
 
 
@@ -119,6 +119,7 @@ def train(workdir, config=None, hooks=(), bad=(), evaluate=None, step=toy_step, 
     loop = TrainLoop(
         config=config,
         step=step,
+        learning_rate=lambda step: jnp.float32(0.1 * (step + 1)),
         batches=batches,
         place=jnp.asarray,
         checkpointer=checkpointer,
@@ -249,10 +250,10 @@ def test_evaluations_reach_hooks_and_their_file(tmp_path):
 def test_the_step_is_traced_once(tmp_path):
     num_traces = 0
 
-    def counted(state, batch):
+    def counted(state, batch, rate):
         nonlocal num_traces
         num_traces += 1
-        return toy_step.__wrapped__(state, batch)
+        return toy_step.__wrapped__(state, batch, rate)
 
     train(tmp_path, step=jax.jit(counted))
     assert num_traces == 1
@@ -318,9 +319,9 @@ class TimedStep:
         self._clock.passes(100)
         return self
 
-    def __call__(self, state, batch):
+    def __call__(self, state, batch, rate):
         self._clock.passes(2)
-        return toy_step(state, batch)
+        return toy_step(state, batch, rate)
 
 
 class TimedBatches(CountedBatches):

@@ -173,7 +173,7 @@ def run_steps(batches, train, model=None):
     state = init_state(model, train, mesh, frozen())
     history = []
     for batch in batches:
-        state, metrics = step(state, partitioning.put_batch(batch, mesh))
+        state, metrics = step(state, partitioning.put_batch(batch, mesh), train.optimizer.learning_rate)
         history.append(jax.device_get(metrics))
     return jax.device_get(state), history
 
@@ -225,7 +225,7 @@ def test_eval_step_agrees_with_the_metrics_of_training():
     batch = partitioning.put_batch(random_batch(0), mesh)
     state = init_state(model, train, mesh, frozen())
     evaluated = make_eval_step(model, train, mesh, VOCAB, frozen())(state.params, state.frozen, batch)
-    _, trained = make_train_step(model, train, mesh, VOCAB, frozen())(state, batch)
+    _, trained = make_train_step(model, train, mesh, VOCAB, frozen())(state, batch, 1e-2)
     assert_same(jax.device_get(evaluated), {k: v for k, v in jax.device_get(trained).items() if k in evaluated})
 
 
@@ -238,7 +238,7 @@ def test_other_optimizers_train_sharded(name):
     state = init_state(model, train, mesh, frozen())
     losses = []
     for _ in range(10):
-        state, metrics = step(state, partitioning.put_batch(random_batch(0), mesh))
+        state, metrics = step(state, partitioning.put_batch(random_batch(0), mesh), 1e-3)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] and state.ema == {}
 

@@ -36,6 +36,7 @@ class Runner:
     def __init__(self, train, model, num_devices=1):
         self.mesh = partitioning.make_mesh(train.mesh, jax.devices()[:num_devices])
         self.step = make_train_step(model, train, self.mesh, VOCAB, frozen())
+        self.rate = train.optimizer.learning_rate
         self.fresh = lambda: init_state(model, train, self.mesh, frozen())
         self.abstract = abstract_state(model, train, self.mesh, frozen())
 
@@ -43,7 +44,7 @@ class Runner:
         state, history = state or self.fresh(), []
         for seed in seeds:
             batch = random_batch(seed) if isinstance(seed, int) else seed
-            state, metrics = self.step(state, partitioning.put_batch(batch, self.mesh))
+            state, metrics = self.step(state, partitioning.put_batch(batch, self.mesh), self.rate)
             history.append(float(metrics["loss"]))
         return state, history
 
