@@ -112,7 +112,8 @@ def _compile_here(config_dict: dict[str, Any], args: argparse.Namespace) -> int:
     model = resolve_model(train.model, vocab.size, code_width)
     started = time.monotonic()
     step: Any = make_train_step(model, train, mesh, vocab, frozen)
-    compiled = step.lower(*abstract_inputs(model, train, mesh, frozen)).compile()
+    with executable.compiled_anew():
+        compiled = step.lower(*abstract_inputs(model, train, mesh, frozen)).compile()
     seconds = time.monotonic() - started
     facts = executable.program_facts(model, train, mesh, vocab, frozen)
     num_bytes = executable.save(args.executable, compiled, facts)
@@ -205,7 +206,7 @@ def plan_config(
     if not executable:
         return estimate.plan(model, train, vocab, frozen, devices, dump)
 
-    from aromni_jax.train.executable import program_facts, save
+    from aromni_jax.train.executable import compiled_anew, program_facts, save
 
     is_written = False
 
@@ -219,7 +220,8 @@ def plan_config(
         save(executable, compiled, program_facts(model, compiled_for, mesh, vocab, frozen))
         is_written = True
 
-    result = estimate.plan(model, train, vocab, frozen, devices, on_compiled=write)
+    with compiled_anew():
+        result = estimate.plan(model, train, vocab, frozen, devices, on_compiled=write)
     if not is_written:
         raise ValueError(
             f"nothing is written to {executable}: the step needs {result['hbm_bytes']['peak'] / (1 << 30):.1f} GiB and "

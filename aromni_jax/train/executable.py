@@ -9,17 +9,19 @@ The bytes hold machine code and a pickle, as jax writes them: load only files yo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from aromni_jax.config import TrainConfig
@@ -70,8 +72,25 @@ def program_facts(
     return json.loads(json.dumps(facts | versions))
 
 
+@contextlib.contextmanager
+def compiled_anew() -> Iterator[None]:
+    """What is compiled inside comes from the compiler and not from jax's compilation cache.
+
+    XLA writes executables for CPUs whole only once: one that was read and is written again lacks code, and running it
+    ends with "NOT_FOUND: Function ... not found".
+    """
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax asks for the setting only once.
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
 def save(file: str | os.PathLike[str], compiled: jax.stages.Compiled, facts: Mapping[str, Any]) -> int:
-    """Writes an executable with the `program_facts` it was compiled for; returns the number of bytes.
+    """Writes an executable (`compiled_anew`) with the `program_facts` it was made for; returns the number of bytes.
 
     Raises:
       ValueError: this kind of executable cannot be written, or `file` cannot be.
@@ -80,8 +99,8 @@ def save(file: str | os.PathLike[str], compiled: jax.stages.Compiled, facts: Map
         payload = pickle.dumps(serialize_executable.serialize(compiled))
     except Exception as error:
         raise ValueError(
-            f"executables for {facts['device_kind']} cannot be saved with jax {facts['jax']} ({_first_line(error)}); leave "
-            "--executable out and let each start compile"
+            f"executables for {facts['device_kind']} cannot be saved with jax {facts['jax']} ({_first_line(error)}); "
+            "leave --executable out and let each start compile"
         ) from error
     header = {
         "format": FORMAT,
