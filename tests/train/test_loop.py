@@ -103,7 +103,7 @@ def facts(position, window) -> RunFacts:
     return RunFacts({"seed": 0}, "vocab", "counted", position, window)
 
 
-def train(workdir, config=None, hooks=(), bad=(), evaluate=None, step=toy_step, batches=None):
+def train(workdir, config=None, hooks=(), bad=(), evaluate=None, step=toy_step, batches=None, load=None):
     """One start of a run, fresh or resumed; returns (result, batches)."""
     config = config or config_of()
     batches = batches or CountedBatches(bad)
@@ -120,6 +120,7 @@ def train(workdir, config=None, hooks=(), bad=(), evaluate=None, step=toy_step, 
         config=config,
         step=step,
         learning_rate=lambda step: jnp.float32(0.1 * (step + 1)),
+        load=load,
         batches=batches,
         place=jnp.asarray,
         checkpointer=checkpointer,
@@ -257,6 +258,23 @@ def test_the_step_is_traced_once(tmp_path):
 
     train(tmp_path, step=jax.jit(counted))
     assert num_traces == 1
+
+
+def test_each_step_gets_the_rate_of_its_own_number_also_after_a_resume(tmp_path):
+    train(tmp_path, dataclasses.replace(config_of(), total_steps=5, log_every_steps=1))
+    train(tmp_path, dataclasses.replace(config_of(), total_steps=8, log_every_steps=1))
+    rates = [line["learning_rate"] for line in lines_of(tmp_path)]
+    assert rates == [pytest.approx(0.1 * step) for step in range(1, 9)]
+
+
+def test_a_step_that_can_be_loaded_is_not_compiled(tmp_path):
+    class Uncompilable:
+        def lower(self, *_):
+            raise AssertionError("compiled")
+
+    train(tmp_path / "compiled")
+    train(tmp_path / "loaded", step=Uncompilable(), load=lambda: toy_step)
+    assert lines_of(tmp_path / "loaded") == lines_of(tmp_path / "compiled")
 
 
 def test_a_batch_of_another_shape_is_an_error_not_a_recompilation(tmp_path):
