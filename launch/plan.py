@@ -192,11 +192,13 @@ def plan_config(
     Raises:
       ValueError: an unknown topology, a config that does not fit its mesh, or no step to write.
     """
+    from aromni_jax import optim
     from aromni_jax.config import TrainConfig, from_mapping
     from aromni_jax.models.config import resolve_model
     from aromni_jax.train import estimate
 
     train = from_mapping(TrainConfig, config_dict)
+    optim.make_schedule(train.optimizer, train.total_steps)  # No part of the step, but of what a run would refuse.
     if num_slices > 1:
         data = num_slices if train.mesh.data == 1 else train.mesh.data
         train = dataclasses.replace(train, mesh=dataclasses.replace(train.mesh, num_slices=num_slices, data=data))
