@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aromni_jax.arrays import BoolArray, FloatArray, IntArray
+from aromni_jax.inference import head
 from aromni_jax.structs import Task
 from aromni_jax.vocab import SPECIALS, JointVocab
 
@@ -123,7 +124,10 @@ def policy_for(task: Task, *, image: Mode = RELEASED_IMAGE, text: Mode = RELEASE
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GrammarTables:
-    """The automaton on device; the second index, C, is the token class (not a codebook entry)."""
+    """The automaton on device; the second index, C, is the token class (not a codebook entry).
+
+    `span_S` numbers the rows of the output head that a state reads (`head.spans_of`).
+    """
 
     class_V: IntArray
     next_SC: IntArray
@@ -139,6 +143,7 @@ class GrammarTables:
     top_p_S: FloatArray
     repetition_penalty_S: FloatArray
     guidance_S: FloatArray
+    span_S: IntArray
 
 
 @jax.tree_util.register_dataclass
@@ -310,12 +315,19 @@ def compile_grammar(vocab: JointVocab, policies: Mapping[Task, Policy]) -> Gramm
         top_p_S=jnp.asarray([mode.top_p for mode in modes], jnp.float32),
         repetition_penalty_S=jnp.asarray([mode.repetition_penalty for mode in modes], jnp.float32),
         guidance_S=jnp.asarray([mode.guidance for mode in modes], jnp.float32),
+        span_S=jnp.asarray(_spans(vocab, class_V, legal_SC | legal_at_budget_SC), jnp.int32),
     )
     shortest = {task: int(cost_S[state]) for task, state in starts.items()}
     guided = frozenset(
         task for task, p in policies.items() if any(m.guidance != 1 for m in (p.text, p.transcript, p.speech, p.image))
     )
     return Grammar(tables, tuple(builder.states), tuple(builder.classes), starts, shortest, guided)
+
+
+def _spans(vocab: JointVocab, class_V: np.ndarray, legal_SC: np.ndarray) -> list[int]:
+    """The narrowest part of the output head that holds every legal token of each state."""
+    spans, controls = head.spans_of(vocab), np.array(list(vocab.special_ids.values()))
+    return [head.span_of_rows(spans, np.flatnonzero(legal_C[class_V]), controls) for legal_C in legal_SC]
 
 
 def _tokens_to_close(next_SC, legal_SC, drawing_S, done_S, tokens_per_image) -> np.ndarray:

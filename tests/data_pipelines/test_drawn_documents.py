@@ -73,13 +73,15 @@ def test_an_unasked_answer_is_what_guidance_compares_with(
     class Reader:
         """Stands for a decoder and keeps what it is first given to read."""
 
-        config = types.SimpleNamespace(num_layers=1, num_kv_heads=1, head_dim=1, dtype="float32")
+        config = types.SimpleNamespace(
+            num_layers=1, num_kv_heads=1, head_dim=1, d_model=1, vocab_size=VOCAB.size, dtype="float32"
+        )
 
         def apply(self, params: Any, ids_BL: Any, positions_BL: Any, segments_BL: Any, cache: Any) -> None:
             read.extend(np.asarray(ids)[np.asarray(mask) > 0] for ids, mask in zip(ids_BL, segments_BL, strict=True))
             raise InterruptedError
 
-    monkeypatch.setattr(decode, "decode_loop", decode.decode_loop.__wrapped__)  # eager: ids are numbers
+    monkeypatch.setattr(decode, "answer", decode.answer.__wrapped__)  # eager: ids are numbers
     grammar = compile_grammar(VOCAB, {task: policy_for(task, image=Mode(1.0, guidance=3.0))})
     with pytest.raises(InterruptedError):
         decode.generate(decode.OmniModel(Reader(), {}, VOCAB), grammar, [asked], max_new_tokens=64)  # type: ignore[arg-type]
