@@ -48,6 +48,18 @@ def bucket_of(length: int, buckets: tuple[int, ...] = LENGTH_BUCKETS) -> int:
     return fitting[0] if fitting else -(-length // buckets[-1]) * buckets[-1]
 
 
+def check_request(grammar: Grammar, prompt: Example, max_new_tokens: int) -> None:
+    """ValueError for an empty prompt, or for fewer tokens than the shortest answer of its task has."""
+    if not len(prompt.tokens_L):
+        raise ValueError(f"prompt {prompt.key!r} is empty")
+    shortest = grammar.shortest_answers.get(prompt.task, 0)
+    if max_new_tokens < shortest:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} is too few for {prompt.task.command}: "
+            f"the shortest answer has {shortest} tokens"
+        )
+
+
 def generate(
     model: OmniModel,
     grammar: Grammar,
@@ -78,14 +90,7 @@ def generate(
     """
     limits = [max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[p.task] for p in prompts]
     for example, limit in zip(prompts, limits, strict=True):
-        if not len(example.tokens_L):
-            raise ValueError(f"prompt {example.key!r} is empty")
-        shortest = grammar.shortest_answers.get(example.task, 0)
-        if limit < shortest:
-            raise ValueError(
-                f"max_new_tokens={limit} is too few for {example.task.command}: "
-                f"the shortest answer has {shortest} tokens"
-            )
+        check_request(grammar, example, limit)
     row_ids = list(range(len(prompts)) if row_ids is None else row_ids)
     # Rows of like length stand together: a batch costs as much as its longest prompt and its longest answer.
     order = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i].tokens_L)))
