@@ -11,7 +11,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aromni_jax.structs import Message, Part, Task
+    from aromni_jax.inference.grammar import Grammar
+    from aromni_jax.structs import Example, Message, Part, Task
     from launch.loading import LoadedModel
 
 TASKS = ("text-to-image", "text-to-speech", "speech-to-text", "caption", "speech-to-image", "question", "chat")
@@ -44,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="of pictures and chat (default: as released)")
     parser.add_argument("--top_p", type=float, metavar="P", help="of pictures and chat (default: as released)")
     parser.add_argument("--guidance", type=float, metavar="S", help="of pictures, 1 for none (default: as released)")
+    parser.add_argument(
+        "--stream", action="store_true", help="print text and write sound as they are made, one request after the other"
+    )
     parser.add_argument("--template", default="", metavar="NAME", help="prompt templates, where the model names none")
 
 
@@ -119,13 +123,23 @@ def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     loaded = load_model(args.model, template=args.template)
     loaded_at = time.perf_counter()
-    answers = answer(loaded, requests, args)
-    seconds = {"load": loaded_at - started, "generate": time.perf_counter() - loaded_at}
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    asked = ask(loaded, requests, args)
+    latencies: list[dict[str, Any]] = [{} for _ in requests]
+    if args.stream:
+        from launch.generate_stream import stream_answers
+
+        answers, latencies = stream_answers(
+            loaded, asked, [_stem(i, r) for i, r in enumerate(requests)], output, args.seed
+        )
+    else:
+        answers = answer(loaded, asked, args.seed)
+    seconds = {"load": loaded_at - started, "generate": time.perf_counter() - loaded_at}
     lines = [
-        _write(parts, request, output, i, loaded)
-        for i, (request, parts) in enumerate(zip(requests, answers, strict=True))
+        _write(parts, request, output, i, loaded, sound_is_written=args.stream)
+        | ({"latency": latency} if latency else {})
+        for i, (request, parts, latency) in enumerate(zip(requests, answers, latencies, strict=True))
     ]
     settings = {
         name: getattr(args, name)
@@ -138,10 +152,18 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def answer(loaded: LoadedModel, requests: list[Request], args: argparse.Namespace) -> list[tuple[Part, ...]]:
-    """What the model answers to each request, media as codes."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """Requests ready for the model: the automaton of their tasks, their prompts, and most tokens of each task."""
+
+    grammar: Grammar
+    prompts: list[Example]
+    limits: dict[Task, int]
+
+
+def ask(loaded: LoadedModel, requests: list[Request], args: argparse.Namespace) -> Asked:
+    """Encodes the requests, media included, under the settings of the command line."""
     from aromni_jax.inference import grammar
-    from aromni_jax.inference.decode import generate
     from aromni_jax.structs import Task
     from aromni_jax.tokenizers import joint
 
@@ -165,21 +187,29 @@ def answer(loaded: LoadedModel, requests: list[Request], args: argparse.Namespac
         )
         for i, request in enumerate(requests)
     ]
-    show = len(requests) > 1 and sys.stderr.isatty()
+    return Asked(grammar.compile_grammar(vocab, policies), prompts, limits)
+
+
+def answer(loaded: LoadedModel, asked: Asked, seed: int) -> list[tuple[Part, ...]]:
+    """What the model answers to each request, media as codes; all together, in batches."""
+    from aromni_jax.inference.decode import generate
+    from aromni_jax.tokenizers import joint
+
+    show = len(asked.prompts) > 1 and sys.stderr.isatty()
 
     def progress(done: int, total: int) -> None:
         if show:
             print(f"\r{done} of {total} answers", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
     made = generate(
-        loaded.model,
-        grammar.compile_grammar(vocab, policies),
-        prompts,
-        max_new_tokens=limits,
-        seed=args.seed,
-        progress=progress,
+        loaded.model, asked.grammar, asked.prompts, max_new_tokens=asked.limits, seed=seed, progress=progress
     )
-    return [joint.parts_of(ids.tolist(), vocab, bundle.text) for ids in made]
+    return [joint.parts_of(ids.tolist(), loaded.model.vocab, loaded.bundle.text) for ids in made]
+
+
+def _stem(index: int, request: Request) -> str:
+    """What the files of an answer are called, without their ending."""
+    return f"{index:04d}_{request.task.replace('-', '_')}"
 
 
 def _limit(task: Task, text_tokens: int, speech_tokens: int, image_tokens: int) -> int:
@@ -217,7 +247,13 @@ def _question(request: Request, loaded: LoadedModel) -> Message:
 
 
 def _write(
-    parts: tuple[Part, ...], request: Request, output: pathlib.Path, index: int, loaded: LoadedModel
+    parts: tuple[Part, ...],
+    request: Request,
+    output: pathlib.Path,
+    index: int,
+    loaded: LoadedModel,
+    *,
+    sound_is_written: bool,
 ) -> dict[str, Any]:
     """Writes one answer's files and returns its line of `result.json`."""
     import soundfile
@@ -227,7 +263,7 @@ def _write(
 
     files: list[str] = []
     texts = [part.text for part in parts if isinstance(part, Text)]
-    stem = f"{index:04d}_{request.task.replace('-', '_')}"
+    stem = _stem(index, request)
     for part in parts:
         path = output / f"{stem}.png"
         if isinstance(part, Image):
@@ -236,8 +272,9 @@ def _write(
         elif isinstance(part, Speech):
             assert loaded.bundle.speech is not None and part.codes_KU is not None
             path = path.with_suffix(".wav")
-            waveform = loaded.bundle.speech.decode([part.codes_KU])[0]
-            soundfile.write(path, waveform, loaded.bundle.speech.sample_rate_hz, subtype="PCM_16")
+            if not sound_is_written:
+                waveform = loaded.bundle.speech.decode([part.codes_KU])[0]
+                soundfile.write(path, waveform, loaded.bundle.speech.sample_rate_hz, subtype="PCM_16")
         else:
             continue
         files.append(path.name)
