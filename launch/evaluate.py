@@ -276,6 +276,7 @@ def held_out_losses(
     import numpy as np
 
     from aromni_jax.losses import next_token_loss
+    from aromni_jax.models.unstacked import forward
     from aromni_jax.structs import Modality, Task
     from data_pipelines.pipeline import evaluation_batches
 
@@ -285,7 +286,7 @@ def held_out_losses(
 
     @jax.jit
     def sums_of(params: Any, batch: Any) -> tuple[Any, Any]:
-        hidden: Any = model.decoder.apply({"params": params}, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
+        hidden, _ = forward(model.config, params, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
         sums = next_token_loss(
             hidden, params["unembedding"], batch, valid_mask_V=vocab.valid_mask_V, chunk_tokens=1024
         ).task_modality

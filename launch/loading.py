@@ -56,23 +56,18 @@ def load_model(directory: str | os.PathLike[str], *, template: str = "") -> Load
 
 
 def _from_export(path: pathlib.Path, template: str) -> tuple[OmniModel, int, pathlib.Path | None, str]:
-    import jax
-    import jax.numpy as jnp
-
     from aromni_jax.inference.decode import OmniModel
     from aromni_jax.interop.chameleon import ChameleonDirectory
-    from aromni_jax.models.decoder import Decoder
 
     opened = ChameleonDirectory(path)
     config = dataclasses.replace(opened.model, param_dtype=opened.dtype, remat="none")
-    model = OmniModel(Decoder(config), jax.tree.map(jnp.asarray, opened.params()), opened.vocab)
+    model = OmniModel.of(config, opened.params(), opened.vocab)
     return model, opened.provenance.step, opened.tokenizers, template or opened.provenance.template
 
 
 def _from_workdir(path: pathlib.Path, template: str) -> tuple[OmniModel, int, pathlib.Path, str]:
     from aromni_jax.inference.decode import OmniModel
-    from aromni_jax.models.decoder import Decoder
 
     run = SavedRun(path)
-    model = OmniModel(Decoder(dataclasses.replace(run.model, remat="none")), run.params.load(), run.vocab)
+    model = OmniModel.of(dataclasses.replace(run.model, remat="none"), run.params.load(), run.vocab)
     return model, run.params.step, run.tokenizers, template or run.template()

@@ -20,7 +20,8 @@ from aromni_jax.inference.grammar import Grammar, GrammarState, GrammarTables
 from aromni_jax.inference.head import spans_of
 from aromni_jax.inference.machine import Machine, begin, decode, extend
 from aromni_jax.inference.sampling import row_keys
-from aromni_jax.models.decoder import Decoder
+from aromni_jax.models.config import ModelConfig
+from aromni_jax.models.unstacked import unstack
 from aromni_jax.structs import Example, Task
 from aromni_jax.vocab import JointVocab
 
@@ -30,16 +31,21 @@ LENGTH_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OmniModel:
-    """A trained decoder with what is needed to ask it: its parameters and the vocabulary they were trained on."""
+    """A trained decoder ready to be asked: its shape, its parameters (`models.unstacked`) and their vocabulary."""
 
-    decoder: Decoder
+    config: ModelConfig
     params: PyTree
     vocab: JointVocab
+
+    @classmethod
+    def of(cls, config: ModelConfig, stacked: PyTree, vocab: JointVocab) -> OmniModel:
+        """From parameters as training has them; arrays of jax among them are used up."""
+        return cls(config, unstack(config, stacked), vocab)
 
     @property
     def machine(self) -> Machine:
         """What the compiled programs need to know of it."""
-        return Machine(self.decoder, spans_of(self.vocab), tuple(self.vocab.special_ids.values()))
+        return Machine(self.config, spans_of(self.vocab), tuple(self.vocab.special_ids.values()))
 
 
 def bucket_of(length: int, buckets: tuple[int, ...] = LENGTH_BUCKETS) -> int:

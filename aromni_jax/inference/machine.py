@@ -18,8 +18,8 @@ from aromni_jax.arrays import IntArray, PyTree
 from aromni_jax.inference.grammar import GrammarState, GrammarTables, advance, allowed_tokens
 from aromni_jax.inference.head import Spans, narrow_logits, shared_span
 from aromni_jax.inference.sampling import repetition_penalised, sample
-from aromni_jax.models.decoder import Decoder
-from aromni_jax.models.kv_cache import KVCache
+from aromni_jax.models.config import ModelConfig
+from aromni_jax.models.unstacked import Caches, forward, make_caches
 
 PREFILL_TOKENS = 512
 """Prompts are read this many tokens at a time: scores of longer ones would not fit beside a large model."""
@@ -35,7 +35,7 @@ class DecodeState:
     `step_B` counts the tokens of each answer, `limit_B` is how many it may have, `tokens_BT` holds them.
     """
 
-    cache: KVCache
+    caches: Caches
     hidden_RD: jax.Array
     place_R: IntArray
     grammar: GrammarState
@@ -48,18 +48,11 @@ class DecodeState:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What does not change from token to token: the decoder, and which rows of its head serve which state."""
+    """What does not change from token to token: the shape of the decoder, and which rows of its head serve a state."""
 
-    decoder: Decoder
+    config: ModelConfig
     spans: Spans
     controls: tuple[int, ...]
-
-    def read(
-        self, params: PyTree, cache: KVCache, tokens_RL: IntArray, places_RL: IntArray, is_token_RL: IntArray
-    ) -> tuple[jax.Array, KVCache]:
-        """Hidden states [R, L, D] of tokens at these places, and the cache with them in it."""
-        found: Any = self.decoder.apply({"params": params}, tokens_RL, places_RL, is_token_RL, cache=cache)
-        return found
 
 
 def begin(
@@ -73,11 +66,11 @@ def begin(
     is_guided: bool,
 ) -> DecodeState:
     """A state that has read nothing: `extend` it with prompts."""
-    config = machine.decoder.config
+    config = machine.config
     num_rows = len(limit_B)
     num_cached = num_rows * (1 + is_guided)
     return DecodeState(
-        cache=KVCache.create(config, num_cached, cache_length),
+        caches=make_caches(config, num_cached, cache_length),
         hidden_RD=jnp.zeros((num_cached, config.d_model), jnp.dtype(config.dtype)),
         place_R=jnp.zeros(num_cached, jnp.int32),
         grammar=grammar,
@@ -98,20 +91,21 @@ def extend(
     num_chunks = -(-width // chunk)
     padded_RL = jnp.pad(jnp.asarray(tokens_RL), ((0, 0), (0, num_chunks * chunk - width)))
 
-    def body(number: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
-        hidden_RD, cache = carry
+    def body(number: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        hidden_RD, caches = carry
         first = number * chunk
         tokens = jax.lax.dynamic_slice_in_dim(padded_RL, first, chunk, axis=1)
         offsets_L = first + jnp.arange(chunk)
         is_token_RL = (offsets_L < lengths_R[:, None]).astype(jnp.int32)
-        hidden_RLD, cache = machine.read(params, cache, tokens, state.place_R[:, None] + offsets_L, is_token_RL)
+        places_RL = state.place_R[:, None] + offsets_L
+        hidden_RLD, caches = forward(machine.config, params, tokens, places_RL, is_token_RL, caches)
         last_R = lengths_R - 1 - first
         found_RD = hidden_RLD[jnp.arange(num_rows), jnp.clip(last_R, 0, chunk - 1)]
-        return jnp.where(((last_R >= 0) & (last_R < chunk))[:, None], found_RD, hidden_RD), cache
+        return jnp.where(((last_R >= 0) & (last_R < chunk))[:, None], found_RD, hidden_RD), caches
 
-    start = (state.hidden_RD, state.cache)
-    hidden_RD, cache = body(jnp.int32(0), start) if num_chunks == 1 else jax.lax.fori_loop(0, num_chunks, body, start)
-    return dataclasses.replace(state, hidden_RD=hidden_RD, cache=cache, place_R=state.place_R + lengths_R)
+    start = (state.hidden_RD, state.caches)
+    hidden_RD, caches = body(jnp.int32(0), start) if num_chunks == 1 else jax.lax.fori_loop(0, num_chunks, body, start)
+    return dataclasses.replace(state, hidden_RD=hidden_RD, caches=caches, place_R=state.place_R + lengths_R)
 
 
 def decode(
@@ -157,14 +151,15 @@ def _emit(machine: Machine, params: PyTree, tables: GrammarTables, state: Decode
     rows_B = jnp.arange(num_rows)
     copies = 1 + is_guided
     live_R = jnp.tile(live_B, copies).astype(jnp.int32)
-    hidden_R1D, cache = machine.read(
-        params, state.cache, jnp.tile(chosen_B, copies)[:, None], state.place_R[:, None], live_R[:, None]
+    tokens_R1 = jnp.tile(chosen_B, copies)[:, None]
+    hidden_R1D, caches = forward(
+        machine.config, params, tokens_R1, state.place_R[:, None], live_R[:, None], state.caches
     )
     # A row that is done has no place left for its padding.
     slot_B = jnp.where(live_B, state.step_B, state.tokens_BT.shape[1])
     return dataclasses.replace(
         state,
-        cache=cache,
+        caches=caches,
         hidden_RD=hidden_R1D[:, 0],
         place_R=state.place_R + live_R,
         grammar=advance(tables, state.grammar, chosen_B),

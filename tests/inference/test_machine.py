@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,9 +12,8 @@ from aromni_jax.inference import machine as machines
 from aromni_jax.inference.grammar import compile_grammar, policy_for
 from aromni_jax.inference.machine import begin, decode_jitted, extend_jitted
 from aromni_jax.inference.sampling import row_keys
-from aromni_jax.models.decoder import Decoder
 from aromni_jax.structs import Task
-from tests.inference.test_decode import VOCAB, model  # noqa: F401  (a fixture)
+from tests.inference.test_decode import VOCAB, model, stacked, whole_logits  # noqa: F401  (fixtures)
 
 TASKS = [Task.CAPTION, Task.TEXT_TO_IMAGE, Task.TEXT_TO_SPEECH]
 
@@ -55,18 +53,15 @@ def test_a_prompt_in_chunks_is_the_prompt(model, grammar, monkeypatch, chunk):  
     np.testing.assert_array_equal(pieces.place_R, whole.place_R)
 
 
-def test_cached_logits_equal_a_full_forward_pass_at_every_position(model, grammar):  # noqa: F811
+def test_cached_logits_equal_a_full_forward_pass_at_every_position(stacked, model, grammar):  # noqa: F811
     tokens, lengths = questions(3, 12)
     state = fresh(model, grammar)
     found = []
     for place in range(12):
         is_in = (place < lengths).astype(np.int32)
         state = extend_jitted(model.machine, model.params, state, tokens[:, place : place + 1], is_in)
-        hidden = state.hidden_RD[:, None]
-        found.append(np.asarray(model.decoder.apply({"params": model.params}, hidden, method=Decoder.logits))[:, 0])
-    places = jnp.broadcast_to(jnp.arange(12), tokens.shape)
-    hidden = model.decoder.apply({"params": model.params}, tokens, places, jnp.ones_like(tokens))
-    whole = np.asarray(model.decoder.apply({"params": model.params}, hidden, method=Decoder.logits))
+        found.append(np.asarray(state.hidden_RD @ model.params["unembedding"].T))
+    whole = np.asarray(whole_logits(stacked, tokens))
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(np.stack(found, axis=1)[row, :length], whole[row, :length], atol=1e-4)
 
@@ -108,7 +103,7 @@ def test_a_second_question_is_read_behind_the_first_answer(model, grammar):  # n
         alone = dataclasses.replace(
             fresh(model, grammar),
             **{name: getattr(fresh(model, grammar), name)[:1] for name in ("hidden_RD", "place_R")},
-            cache=jax.tree.map(lambda x: x[:, :1] if x.ndim > 1 else x[:1], fresh(model, grammar).cache),
+            caches=jax.tree.map(lambda x: x[:, :1] if x.ndim > 1 else x[:1], fresh(model, grammar).caches),
         )
         wanted = extend_jitted(model.machine, model.params, alone, at_once, np.array([at_once.shape[1]], np.int32))
         assert int(state.place_R[row]) == int(wanted.place_R[0]) == at_once.shape[1]

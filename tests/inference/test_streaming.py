@@ -14,7 +14,7 @@ from aromni_jax.structs import Modality, Task, TokenEvent
 from aromni_jax.tokenizers.shipped import shipped_directory
 from aromni_jax.tokenizers.speech import SpeechTokenizer
 from aromni_jax.vocab import JointVocab
-from tests.inference.test_decode import VOCAB, model, prompts_of  # noqa: F401  (a fixture)
+from tests.inference.test_decode import VOCAB, model, prompts_of, stacked  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(scope="module")
