@@ -31,11 +31,12 @@ _PEERS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `aromni bench`."""
-    parser.add_argument("what", choices=("tokenizer", "data"))
+    parser.add_argument("what", choices=("tokenizer", "data", "checkpoint"))
     parser.add_argument("--family", choices=tuple(_ITEMS), action="append", help="only this one (repeat for more)")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each side; the median counts")
     parser.add_argument("--num_cores", type=int, default=1, help="of codecs, for each side, with as many threads")
     parser.add_argument("--data", default="", metavar="DIR", help="a data set to read (default: one is made)")
+    parser.add_argument("--config", action="append", help="of checkpoint: only this one, quickstart or 100m")
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
 
 
@@ -49,6 +50,12 @@ def main(args: argparse.Namespace) -> int:
         device = f"{platform.machine()}; {_versions('grain', 'array_record', 'numpy')}"
         print(device)
         results = {"data": bench_data.measure(args) | {"device": device}}
+    elif args.what == "checkpoint":
+        from launch import bench_checkpoint
+
+        device = f"{os.cpu_count()} cores, {platform.machine()}; {_versions('jax', 'orbax-checkpoint')}"
+        print(device)
+        results = {name: row | {"device": device} for name, row in bench_checkpoint.measure(args).items()}
     else:
         results = _bench_tokenizers(args)
     if args.json:

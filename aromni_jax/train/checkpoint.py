@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import pathlib
+import sys
+import threading
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -183,7 +188,7 @@ class SavedStep:
                 arrays = named_leaves(ocp.load_checkpointables(self.path, {"state": nested(wanted)})["state"])
         except Exception as error:
             failure = error
-        if _any_process(failure is not None):
+        if any_process(failure is not None):
             cause = _root_cause(failure) if failure else "another process could not read its part"
             raise DamagedCheckpoint(f"{self.path}: {cause}") from failure
         arrays = {name: arrays[name] for name in wanted}
@@ -194,19 +199,37 @@ class SavedStep:
         return arrays
 
 
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A state as it was when `Checkpointer.snapshot` was called: arrays by name, which nobody overwrites, and one
+    checksum each [number of arrays]. Devices may still be computing both."""
+
+    named: dict[str, jax.Array]
+    checksums: jax.Array
+
+
 class Checkpointer:
     """Saves and restores one run below `workdir/checkpoints`; the same calls on every process.
 
-    `save` returns as soon as the arrays are copied off the devices; files are written in the background, and a failed
-    write is raised by the next `save`, `wait` or `close`. Opening removes what a killed save left behind.
+    The loop does not wait for a save: `snapshot` asks the devices for a copy and `write` hands it to Orbax, which
+    brings it to the host and to the files while the next steps run. With one process a thread of our own calls Orbax;
+    with several the caller's thread does, for about the time of the copy to the host, because Orbax then talks to the
+    other processes about preemption, in the order of the loop. A failed write is raised by the next `snapshot`,
+    `write`, `wait` or `close`. Opening removes what a killed save left behind.
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
         self.directory = workdir / workdirs.CHECKPOINTS
         self._config = config
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoint", _step_back)
+        self._writing: Any = None
+        self._copy: Any = None
+        self._sums: Any = None
+        self._sums_of_copy = True
         self._open()
 
     def _open(self) -> None:
+        _meet_over_the_network()
         policies = ocp.training.preservation_policies
         keep: list[Any] = [policies.LatestN(max(self._config.keep_last, 1))]
         if self._config.keep_every_steps:
@@ -224,17 +247,53 @@ class Checkpointer:
         """Steps with a finished checkpoint, oldest first."""
         return list_steps(self.directory)
 
+    def prepare(self, state: PyTree, has_room: bool = True) -> None:
+        """Compiles what the first `snapshot` of such a state needs; `has_room` says whether devices can hold a second
+        state beside what a step needs. Where they cannot, copies go to the memory of the host, and the next step waits
+        for them."""
+        arrays = list(named_leaves(state).values())
+        places = [x.sharding if has_room else x.sharding.with_memory_kind("pinned_host") for x in arrays]
+        self._copy = jax.jit(lambda arrays: [jnp.copy(x) for x in arrays], out_shardings=places).lower(arrays).compile()
+        self._sums = _checksums.lower(arrays).compile()
+        self._sums_of_copy = has_room
+
+    def snapshot(self, state: PyTree) -> Snapshot:
+        """Asks the devices for a copy of `state`, which may be donated at once. Waits for the previous save first."""
+        self.wait()
+        if self._copy is None:
+            self.prepare(state)
+        named = named_leaves(state)
+        arrays = list(named.values())
+        copies = self._copy(arrays)
+        return Snapshot(dict(zip(named, copies)), self._sums(copies if self._sums_of_copy else arrays))
+
+    def write(self, step: int, snapshot: Snapshot, facts: RunFacts, before: Callable[[], None] = lambda: None) -> None:
+        """Writes a snapshot and `facts` as `step`; `before` runs first, in the thread that writes."""
+        self.wait()
+
+        def begin(save: Callable[..., Any]) -> Any:
+            before()
+            values = np.asarray(snapshot.checksums)
+            sums = {name: int(value) for name, value in zip(snapshot.named, values)}
+            started = save(
+                step,
+                {"state": nested(snapshot.named)},
+                custom_metadata={"facts": dataclasses.asdict(facts), "checksums": sums},
+            )
+            if not started:
+                raise RuntimeError(f"Orbax did not save step {step} below {self.directory}, after {self._orbax.latest}")
+            return started
+
+        if not self._config.asynchronous:
+            begin(self._orbax.save_checkpointables)
+        elif jax.process_count() == 1:
+            self._writing = self._thread.submit(begin, self._orbax.save_checkpointables)
+        else:
+            self._writing = begin(self._orbax.save_checkpointables_async)
+
     def save(self, step: int, state: PyTree, facts: RunFacts) -> None:
         """Saves `state` and `facts` as `step`; waits for the previous save first."""
-        named = named_leaves(state)
-        metadata = {"facts": dataclasses.asdict(facts), "checksums": checksums(named)}
-        tree = {"state": nested(named)}
-        if self._config.asynchronous:
-            started = self._orbax.save_checkpointables_async(step, tree, custom_metadata=metadata)
-        else:
-            started = self._orbax.save_checkpointables(step, tree, custom_metadata=metadata)
-        if not started:
-            raise RuntimeError(f"Orbax did not save step {step} below {self.directory}, after {self._orbax.latest}")
+        self.write(step, self.snapshot(state), facts)
 
     def restore_latest(
         self, abstract_state: PyTree, check: Callable[[RunFacts], None]
@@ -292,14 +351,39 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Blocks until the last save is on disk; raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
         self._orbax.wait()
 
     def close(self) -> None:
         """Waits and releases; call it before the process ends."""
-        self._orbax.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
 
 
-def _any_process(flag: bool) -> bool:
+def _step_back() -> None:
+    """Gives this thread, and those it starts, a third of the weight of threads that compute (Linux): on a machine with
+    few cores a save then spreads over several steps instead of holding up one."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 5))
+
+
+def _meet_over_the_network() -> None:
+    """Lets Orbax's processes wait for each other in jax's coordination service, not in a program on the devices: that
+    would queue behind the running step, and so would the loop."""
+    name = "experimental_orbax_use_distributed_barrier"
+    if jax.process_count() > 1 and name in flags.FLAGS:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        flags.FLAGS[name].value = True
+
+
+def any_process(flag: bool) -> bool:
     """True where `flag` is true on any process: all of them take the same way."""
     if jax.process_count() == 1:
         return flag

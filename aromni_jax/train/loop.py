@@ -25,7 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from aromni_jax.arrays import PyTree
 from aromni_jax.config import TrainConfig
 from aromni_jax.structs import PackedBatch
-from aromni_jax.train.checkpoint import Checkpointer, RunFacts
+from aromni_jax.train.checkpoint import Checkpointer, RunFacts, Snapshot, any_process
 from aromni_jax.train.metrics import MetricsWindow
 from aromni_jax.train.observe import Hook
 from aromni_jax.train.watchdog import Watchdog
@@ -122,6 +122,20 @@ class _Pending:
     position: dict[str, Any]
     wait_seconds: float
     is_last: bool = False
+    snapshot: Snapshot | None = None
+
+
+def _has_room_for_a_second(state: PyTree, step: Any) -> bool:
+    """Whether every device can hold another `state` while the compiled `step` runs; true where memory has no end that
+    jax knows of (a CPU)."""
+    memory = step.memory_analysis()
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    if memory is None or None in limits:
+        return True
+    second = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards[:1])
+    running = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    has_room = running + memory.temp_size_in_bytes + second < 0.95 * min(limits)
+    return not any_process(not has_room)
 
 
 class TrainLoop:
@@ -197,7 +211,7 @@ class TrainLoop:
                     done.is_last = not drawn
                     self._record(keep=1)
                     is_stopping = stop.agreed(step)
-                    self._after_step(step, state, done.position, is_last=is_stopping or not drawn)
+                    self._after_step(state, done, is_end=is_stopping or done.is_last)
                 self._watchdog.enter("save")
                 self._checkpointer.wait()
             if step < total and not drawn:
@@ -210,6 +224,7 @@ class TrainLoop:
     def _compile(self, state: PyTree, batch: PyTree) -> Callable[[PyTree, PyTree], tuple[PyTree, Any]]:
         start = time.monotonic()
         compiled = self._jitted_step.lower(state, batch).compile()
+        self._checkpointer.prepare(state, has_room=_has_room_for_a_second(state, compiled))
         self._start_facts = {"compile_seconds": time.monotonic() - start}
         # Collectives have timeouts of their own (30 s between CPUs), which a process that compiles longer would break.
         barrier = ocp.multihost.sync_global_processes(
@@ -232,27 +247,41 @@ class TrainLoop:
             return None
         return _Drawn(self._place(local_batch), self._batches.state(), wait_seconds)
 
-    def _after_step(self, step: int, state: PyTree, position: dict[str, Any], *, is_last: bool) -> None:
-        config = self._config
-        is_saving = is_last or step % config.checkpoint.save_every_steps == 0
+    def _after_step(self, state: PyTree, done: _Pending, *, is_end: bool) -> None:
+        """Evaluates and takes a snapshot after `done`, whose metrics may still be on their way: `_record` writes it."""
+        config, step = self._config, done.step
+        is_saving = is_end or step % config.checkpoint.save_every_steps == 0
         is_evaluating = self._evaluate and config.eval_every_steps and step % config.eval_every_steps == 0
-        if not (is_saving or is_evaluating):
-            return
-        self._record(keep=0)
+        if is_evaluating or is_end:
+            self._record(keep=0)
         if is_evaluating and self._evaluate:
             self._watchdog.enter("evaluate")
             results = self._evaluate(state, step)
             for hook in self._hooks:
                 hook.on_eval(step, results)
+            self._watchdog.enter("step")
+            self._clock = time.monotonic()
         if is_saving:
             self._watchdog.enter("save")
             start = time.monotonic()
-            for hook in self._hooks:
-                hook.on_save(step)
-            self._checkpointer.save(step, state, self._facts(position, self._window.to_json()))
+            done.snapshot = self._checkpointer.snapshot(state)
             self._save_stall_seconds += time.monotonic() - start
-        self._watchdog.enter("step")
-        self._clock = time.monotonic()
+            self._watchdog.enter("step")
+            if not self._pending:
+                self._write(done)
+
+    def _write(self, done: _Pending) -> None:
+        """Hands the snapshot of a recorded step to the checkpointer."""
+        assert done.snapshot is not None
+        start = time.monotonic()
+        facts = self._facts(done.position, self._window.to_json())
+
+        def tell() -> None:
+            for hook in self._hooks:
+                hook.on_save(done.step)
+
+        self._checkpointer.write(done.step, done.snapshot, facts, tell)
+        self._save_stall_seconds += time.monotonic() - start
 
     def _restart_clock(self) -> None:
         self._clock = time.monotonic()
@@ -283,6 +312,8 @@ class TrainLoop:
             line = self._line(done) if is_due else None
             for hook in self._hooks:
                 hook.on_step(done.step, line)
+            if done.snapshot:
+                self._write(done)
 
     def _line(self, done: _Pending) -> dict[str, Any]:
         tokens, pairs = self._window.flops_counts
