@@ -64,7 +64,7 @@ def _100m() -> Any:
     return config
 
 
-CASES = (Case("quickstart", _quickstart, 25, 6), Case("100m", _100m, 9, 4))
+CASES = (Case("quickstart", _quickstart, 25, 6), Case("100m", _100m, 8, 4))
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -189,9 +189,7 @@ def _measure(case: Case) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def describe_steps(
-    ended: dict[int, float], saved: dict[int, float], whole: dict[int, float]
-) -> dict[str, float]:
+def describe_steps(ended: dict[int, float], saved: dict[int, float], whole: dict[int, float]) -> dict[str, float]:
     """Medians over steps in seconds: `saving`, `neighbours`, `quiet` (nothing written meanwhile), and of the saves
     `until_whole`; `first` is the first step that saves.
 
@@ -220,7 +218,7 @@ def describe_steps(
 
 
 def _restore(config: TrainConfig, workdir: Path, wanted: Any) -> float:
-    """Seconds of a restart's reading: a fresh Checkpointer, files not in memory, arrays ready and checksums compared."""
+    """Seconds of a restart's reading: a fresh Checkpointer, files not in memory, checksums compared, arrays ready."""
     import jax
 
     from aromni_jax.train.checkpoint import Checkpointer

@@ -28,6 +28,8 @@ from orbax.checkpoint import v1 as ocp
 from aromni_jax.arrays import PyTree
 from aromni_jax.config import CheckpointConfig
 from aromni_jax.train import workdir as workdirs
+from aromni_jax.train.leaves import any_process, array_checksums, checksums, key_name, named_leaves, nested
+from aromni_jax.train.local_tier import LocalTier
 
 log = logging.getLogger(__name__)
 
@@ -55,65 +57,15 @@ class RunFacts:
     metrics_window: dict[str, Any]
 
 
-def _key_name(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    raise TypeError(f"no name for tree entry {entry!r}")
-
-
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """{"params/layers/attention/q": leaf, ...} in tree order; `None` has no leaves."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {"/".join(map(_key_name, path)): leaf for path, leaf in leaves}
-    assert len(named) == len(leaves), "two leaves of the state have one name"
-    return named
-
-
-def nested(named: dict[str, Any]) -> dict[str, Any]:
-    """{"a/b": 1} -> {"a": {"b": 1}}: the tree that Orbax stores."""
-    tree: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
-
-def _checksum(array: jax.Array) -> jax.Array:
-    """Sum over the bits of every element times an odd number that depends on its place, modulo 2**32.
-
-    Integer addition has no order: the same on every mesh. An odd factor keeps any single flipped bit visible.
-    """
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")).astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
-    for axis in range(bits.ndim):
-        place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-
-@jax.jit
-def _checksums(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_checksum(array) for array in arrays])
-
-
-def checksums(named: dict[str, Any]) -> dict[str, int]:
-    """One uint32 per array, equal for equal contents on any mesh, in any process."""
-    values = np.asarray(_checksums(list(named.values())))
-    return {name: int(value) for name, value in zip(named, values)}
-
-
 def context(partial: bool = False) -> ocp.Context:
-    """Orbax options for everything here: a chunk per layer on write; `partial` restores only the arrays asked for."""
+    """Orbax options for everything here: a chunk per layer, not compressed; `partial` restores only what is wanted."""
     made = ocp.Context()
     saving = made.array_options.saving
+    # Trained floats shrink by a tenth at most, for more of the processors' time than all the rest of a save.
+    saving.use_compression = False
 
     def storage(path: Any, leaf: Any) -> Any:
-        stacked = STACKED in map(_key_name, path) and getattr(leaf, "ndim", 0) > 1
+        stacked = STACKED in map(key_name, path) and getattr(leaf, "ndim", 0) > 1
         return type(saving).StorageOptions(shard_axes=(0,)) if stacked else None
 
     saving.scoped_storage_options_creator = storage
@@ -221,8 +173,9 @@ class Checkpointer:
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
         self.directory = workdir / workdirs.CHECKPOINTS
         self._config = config
+        self._local = LocalTier(config.local_directory, _run_id(workdir)) if config.local_directory else None
         self._thread = futures.ThreadPoolExecutor(1, "checkpoint", _step_back)
-        self._writing: Any = None
+        self._writing: list[Any] = []
         self._copy: Any = None
         self._sums: Any = None
         self._sums_of_copy = True
@@ -254,7 +207,7 @@ class Checkpointer:
         arrays = list(named_leaves(state).values())
         places = [x.sharding if has_room else x.sharding.with_memory_kind("pinned_host") for x in arrays]
         self._copy = jax.jit(lambda arrays: [jnp.copy(x) for x in arrays], out_shardings=places).lower(arrays).compile()
-        self._sums = _checksums.lower(arrays).compile()
+        self._sums = array_checksums.lower(arrays).compile()
         self._sums_of_copy = has_room
 
     def snapshot(self, state: PyTree) -> Snapshot:
@@ -267,38 +220,55 @@ class Checkpointer:
         copies = self._copy(arrays)
         return Snapshot(dict(zip(named, copies)), self._sums(copies if self._sums_of_copy else arrays))
 
-    def write(self, step: int, snapshot: Snapshot, facts: RunFacts, before: Callable[[], None] = lambda: None) -> None:
-        """Writes a snapshot and `facts` as `step`; `before` runs first, in the thread that writes."""
+    def write(
+        self,
+        step: int,
+        snapshot: Snapshot,
+        facts: RunFacts,
+        before: Callable[[], None] = lambda: None,
+        *,
+        is_shared: bool = True,
+        is_local: bool = False,
+    ) -> None:
+        """Writes a snapshot and `facts` as `step`, to the shared folder or the local disk or both; `before` runs first,
+        in the thread that writes."""
         self.wait()
+        said = dataclasses.asdict(facts)
 
-        def begin(save: Callable[..., Any]) -> Any:
+        def sums() -> dict[str, int]:
+            return {name: int(value) for name, value in zip(snapshot.named, np.asarray(snapshot.checksums))}
+
+        def write_local() -> None:
             before()
-            values = np.asarray(snapshot.checksums)
-            sums = {name: int(value) for name, value in zip(snapshot.named, values)}
-            started = save(
-                step,
-                {"state": nested(snapshot.named)},
-                custom_metadata={"facts": dataclasses.asdict(facts), "checksums": sums},
-            )
+            if is_local and self._local:
+                self._local.write(step, snapshot.named, said, sums())
+
+        def write_shared(save: Callable[..., Any]) -> Any:
+            metadata = {"facts": said, "checksums": sums()}
+            started = save(step, {"state": nested(snapshot.named)}, custom_metadata=metadata)
             if not started:
                 raise RuntimeError(f"Orbax did not save step {step} below {self.directory}, after {self._orbax.latest}")
             return started
 
+        self._writing.append(self._thread.submit(write_local))
+        if is_shared and self._config.asynchronous and jax.process_count() == 1:
+            self._writing.append(self._thread.submit(write_shared, self._orbax.save_checkpointables))
+        elif is_shared and self._config.asynchronous:
+            self._writing.append(write_shared(self._orbax.save_checkpointables_async))
+        elif is_shared:
+            write_shared(self._orbax.save_checkpointables)
         if not self._config.asynchronous:
-            begin(self._orbax.save_checkpointables)
-        elif jax.process_count() == 1:
-            self._writing = self._thread.submit(begin, self._orbax.save_checkpointables)
-        else:
-            self._writing = begin(self._orbax.save_checkpointables_async)
+            self.wait()
 
     def save(self, step: int, state: PyTree, facts: RunFacts) -> None:
-        """Saves `state` and `facts` as `step`; waits for the previous save first."""
+        """Saves `state` and `facts` as `step` in the shared folder; waits for the previous save first."""
         self.write(step, self.snapshot(state), facts)
 
     def restore_latest(
         self, abstract_state: PyTree, check: Callable[[RunFacts], None]
     ) -> tuple[int, PyTree, RunFacts] | None:
-        """Newest readable checkpoint as (step, state, facts), or None where none was ever finished.
+        """Newest readable checkpoint as (step, state, facts), or None where none was ever finished. It comes from
+        the local disks where every process has a newer one there.
 
         `abstract_state` has the tree, shapes, dtypes and shardings wanted; `check` raises ValueError when the facts
         belong to another run. A damaged checkpoint is set aside as `STEP.damaged`, the one before it is used, and both
@@ -309,6 +279,23 @@ class Checkpointer:
         """
         wanted = named_leaves(abstract_state)
         steps = self.steps()
+        found = None
+        if self._local:
+            local = self._local.restore(wanted, lambda said: check(RunFacts(**said)), steps[-1] if steps else -1)
+            if local:
+                found = (local[0], local[1], RunFacts(**local[2]))
+                log.info("using the local checkpoint of step %d below %s", local[0], self._local.folder)
+        found = found or self._restore_shared(steps, wanted, check)
+        if self._local:
+            self._local.discard_after(found[0] if found else -1)
+        if not found:
+            return None
+        step, arrays, facts = found
+        return step, jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted]), facts
+
+    def _restore_shared(
+        self, steps: list[int], wanted: dict[str, jax.ShapeDtypeStruct], check: Callable[[RunFacts], None]
+    ) -> tuple[int, dict[str, jax.Array], RunFacts] | None:
         damaged: list[tuple[int, DamagedCheckpoint]] = []
         for step in reversed(steps):
             try:
@@ -326,8 +313,7 @@ class Checkpointer:
                 names = ", ".join(str(number) for number, _ in damaged)
                 log.error("using checkpoint %d instead of damaged %s (set aside as STEP.damaged)", step, names)
                 self._set_aside([number for number, _ in damaged])
-            state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted])
-            return step, state, saved.facts
+            return step, arrays, saved.facts
         if damaged:
             raise ValueError(
                 f"no checkpoint below {self.directory} can be read ({damaged[0][1]}); start in another --workdir"
@@ -351,9 +337,8 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Blocks until the last save is on disk; raises what went wrong with it."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        while self._writing:
+            self._writing.pop(0).result()
         self._orbax.wait()
 
     def close(self) -> None:
@@ -383,11 +368,14 @@ def _meet_over_the_network() -> None:
         flags.FLAGS[name].value = True
 
 
-def any_process(flag: bool) -> bool:
-    """True where `flag` is true on any process: all of them take the same way."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+def _run_id(workdir: pathlib.Path) -> str:
+    """The same name of the run on every process: process 0 reads it, or makes it for a new workdir."""
+    name = np.zeros(workdirs.RUN_ID_BYTES, np.uint8)
+    if jax.process_index() == 0:
+        name = np.frombuffer(bytes.fromhex(workdirs.run_id(workdir)), np.uint8)
+    if jax.process_count() > 1:
+        name = np.asarray(multihost_utils.broadcast_one_to_all(name)).astype(np.uint8)
+    return name.tobytes().hex()
 
 
 def _root_cause(error: BaseException) -> str:

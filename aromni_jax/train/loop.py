@@ -25,7 +25,8 @@ from orbax.checkpoint import v1 as ocp
 from aromni_jax.arrays import PyTree
 from aromni_jax.config import TrainConfig
 from aromni_jax.structs import PackedBatch
-from aromni_jax.train.checkpoint import Checkpointer, RunFacts, Snapshot, any_process
+from aromni_jax.train.checkpoint import Checkpointer, RunFacts, Snapshot
+from aromni_jax.train.leaves import any_process
 from aromni_jax.train.metrics import MetricsWindow
 from aromni_jax.train.observe import Hook
 from aromni_jax.train.watchdog import Watchdog
@@ -123,6 +124,8 @@ class _Pending:
     wait_seconds: float
     is_last: bool = False
     snapshot: Snapshot | None = None
+    is_shared: bool = False
+    is_local: bool = False
 
 
 def _has_room_for_a_second(state: PyTree, step: Any) -> bool:
@@ -130,11 +133,12 @@ def _has_room_for_a_second(state: PyTree, step: Any) -> bool:
     jax knows of (a CPU)."""
     memory = step.memory_analysis()
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
-    if memory is None or None in limits:
+    known = [limit for limit in limits if limit is not None]
+    if memory is None or not known:
         return True
     second = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards[:1])
     running = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    has_room = running + memory.temp_size_in_bytes + second < 0.95 * min(limits)
+    has_room = running + memory.temp_size_in_bytes + second < 0.95 * min(known)
     return not any_process(not has_room)
 
 
@@ -145,7 +149,8 @@ class TrainLoop:
     rows this process drew; `facts` tells what a checkpoint should say, given the data position and the metrics window;
     `flops` maps (real tokens, attended pairs) of a window to model FLOPs and `peak_flops` is that of the whole mesh.
     `evaluate(state, step)` runs every `config.eval_every_steps` and its result goes to the hooks. `watchdog` hears what
-    the loop does, and `started` is the `time.monotonic()` from which the first step is timed.
+    the loop does, `started` is the `time.monotonic()` from which the first step is timed, and `start_facts` go into the
+    first line.
     """
 
     def __init__(
@@ -164,6 +169,7 @@ class TrainLoop:
         peak_flops: float | None = None,
         watchdog: Watchdog,
         started: float,
+        start_facts: dict[str, float] | None = None,
     ):
         self._config = config
         self._jitted_step = step
@@ -181,7 +187,7 @@ class TrainLoop:
         self._pending: list[_Pending] = []
         self._is_first = True
         self._save_stall_seconds = 0.0
-        self._start_facts: dict[str, float] = {}
+        self._start_facts = dict(start_facts or {})
         self._num_bad_in_a_row = 0
 
     def run(self, state: PyTree, first_step: int) -> LoopResult:
@@ -225,7 +231,7 @@ class TrainLoop:
         start = time.monotonic()
         compiled = self._jitted_step.lower(state, batch).compile()
         self._checkpointer.prepare(state, has_room=_has_room_for_a_second(state, compiled))
-        self._start_facts = {"compile_seconds": time.monotonic() - start}
+        self._start_facts["compile_seconds"] = time.monotonic() - start
         # Collectives have timeouts of their own (30 s between CPUs), which a process that compiles longer would break.
         barrier = ocp.multihost.sync_global_processes(
             "step compiled",
@@ -250,7 +256,8 @@ class TrainLoop:
     def _after_step(self, state: PyTree, done: _Pending, *, is_end: bool) -> None:
         """Evaluates and takes a snapshot after `done`, whose metrics may still be on their way: `_record` writes it."""
         config, step = self._config, done.step
-        is_saving = is_end or step % config.checkpoint.save_every_steps == 0
+        done.is_shared = is_end or step % config.checkpoint.save_every_steps == 0
+        done.is_local = bool(config.checkpoint.local_directory) and step % config.checkpoint.local_every_steps == 0
         is_evaluating = self._evaluate and config.eval_every_steps and step % config.eval_every_steps == 0
         if is_evaluating or is_end:
             self._record(keep=0)
@@ -261,7 +268,7 @@ class TrainLoop:
                 hook.on_eval(step, results)
             self._watchdog.enter("step")
             self._clock = time.monotonic()
-        if is_saving:
+        if done.is_shared or done.is_local:
             self._watchdog.enter("save")
             start = time.monotonic()
             done.snapshot = self._checkpointer.snapshot(state)
@@ -280,7 +287,9 @@ class TrainLoop:
             for hook in self._hooks:
                 hook.on_save(done.step)
 
-        self._checkpointer.write(done.step, done.snapshot, facts, tell)
+        self._checkpointer.write(
+            done.step, done.snapshot, facts, tell, is_shared=done.is_shared, is_local=done.is_local
+        )
         self._save_stall_seconds += time.monotonic() - start
 
     def _restart_clock(self) -> None:

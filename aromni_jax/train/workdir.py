@@ -1,7 +1,7 @@
 """The folder of one run: may we write there, does it belong to this config, and files that are never half written.
 
 A workdir holds `config.json` (resolved), `tokenizers/` (at least `vocab.json`), `metrics.jsonl`, `evaluations.jsonl`,
-`checkpoints/`, `heartbeats/` (`train.watchdog`) and TensorBoard events.
+`checkpoints/`, `heartbeats/` (`train.watchdog`) and TensorBoard events; with a local tier also `run_id`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 CHECKPOINTS = "checkpoints"
 HEARTBEATS = "heartbeats"
 TOKENIZERS = "tokenizers"
+RUN_ID_FILE = "run_id"
+RUN_ID_BYTES = 8
 
 MAY_CHANGE = (
     "total_steps",
@@ -106,6 +108,15 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def run_id(path: pathlib.Path) -> str:
+    """What tells this run from every other, also from an earlier one in a folder of the same name: 16 letters, made
+    when they are first asked for."""
+    file = path / RUN_ID_FILE
+    if not file.exists():
+        write_text(file, os.urandom(RUN_ID_BYTES).hex() + "\n")
+    return file.read_text(encoding="utf-8").strip()
 
 
 def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -22,11 +22,9 @@ from aromni_jax.train.checkpoint import (
     DamagedCheckpoint,
     RunFacts,
     SavedStep,
-    checksums,
     describe_differences,
-    named_leaves,
-    nested,
 )
+from aromni_jax.train.leaves import checksums, named_leaves, nested
 
 ASYNC = CheckpointConfig(save_every_steps=1, keep_last=3, keep_every_steps=0, asynchronous=True)
 
