@@ -60,11 +60,11 @@ def _100m() -> Any:
     config.data.num_workers = 1
     config.optimizer.warmup_steps = 0
     # Two cores: few short rows, whose vocabulary is small too; memory and disk stay below 8 GB.
-    config.global_batch_size, config.sequence_length = 2, 512
+    config.global_batch_size, config.sequence_length = 4, 512
     return config
 
 
-CASES = (Case("quickstart", _quickstart, 25, 6), Case("100m", _100m, 8, 4))
+CASES = (Case("quickstart", _quickstart, 25, 6), Case("100m", _100m, 7, 3))
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -66,7 +66,7 @@ class LocalTier:
             with workdirs.replacing(self._path(step)) as temporary:
                 safetensors.numpy.save_file(tensors, temporary, metadata={"checkpoint": json.dumps(said)})
             self._discard([old for old in self.steps() if old <= step][:-KEEP])
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             log.error("local checkpoint of step %d not written: %s", step, error)
 
     def restore(

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
 
 import jax
@@ -191,6 +192,59 @@ def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_bit_by_bit(tmp_pat
     assert lines_of(cut) == lines_of(whole)
     assert resumed.state == expected.state
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are put back"
+
+
+class SlowSave(Hook):
+    """Makes the save of one step last, and sends a signal while it does."""
+
+    def __init__(self, step):
+        self.step, self.threads = step, []
+
+    def on_save(self, step):
+        self.threads.append(threading.current_thread())
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+
+def test_a_signal_during_a_save_waits_for_it_and_saves_again(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    expected, _ = train(whole)
+    slow = SlowSave(4)
+    stopped, _ = train(cut, hooks=[slow])
+    assert stopped.is_interrupted and 4 < stopped.step < 10
+    assert saved.available_steps(cut)[0] == 4 and saved.available_steps(cut)[-1] == stopped.step
+    assert threading.main_thread() not in slow.threads, "the loop writes nothing itself"
+    resumed, batches = train(cut)
+    assert batches.drawn == list(range(stopped.step + 1, 11))
+    assert lines_of(cut) == lines_of(whole) and resumed.state == expected.state
+
+
+def test_the_loop_goes_on_while_a_save_is_written(tmp_path):
+    seen = {}
+
+    class Watch(Hook):
+        def on_step(self, step, line):
+            seen[step] = time.monotonic()
+
+        def on_save(self, step):
+            if step == 4:
+                time.sleep(1)
+                seen["saved"] = time.monotonic()
+
+    train(tmp_path, hooks=[Watch()])
+    assert seen[7] < seen["saved"], "until the next save nothing waits"
+
+
+def test_a_save_that_fails_ends_the_run(tmp_path):
+    class Broken(Hook):
+        def on_save(self, step):
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        train(tmp_path, hooks=[Broken()])
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path):
