@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each side; the median counts")
     parser.add_argument("--num_cores", type=int, default=1, help="of codecs, for each side, with as many threads")
     parser.add_argument("--data", default="", metavar="DIR", help="a data set to read (default: one is made)")
-    parser.add_argument("--config", action="append", help="of checkpoint: only this one, quickstart or 100m")
+    parser.add_argument("--case", action="append", help="of checkpoint: only quickstart, or only 100m")
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
 
 

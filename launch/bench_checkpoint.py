@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aromni_jax.train.observe import Hook
+from launch.host_memory import keep_freed_memory_on_cpu
 
 if TYPE_CHECKING:
     import jax
@@ -72,14 +73,17 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
     `stall`: seconds of a step that saves; the limit is its neighbours, the peer a neighbour plus `torch.save`. `save`
     and `restore`: bytes a second until the files are whole, and until checksums are compared; the limit is the disk's
-    sequential rate. Needs room on the disk of temporary files for three checkpoints (7 GB for 100m).
+    sequential rate. Needs room on the disk of temporary files for three checkpoints: 3 GB for 100m,
+    which takes some minutes and about 8 GB of memory.
     """
-    from launch.host_memory import keep_freed_memory_on_cpu
-
+    names = [case.name for case in CASES]
+    unknown = [name for name in args.case or [] if name not in names]
+    if unknown:
+        raise ValueError(f"--case={unknown[0]} is not measured; known: {', '.join(names)}")
     keep_freed_memory_on_cpu()
     results: dict[str, dict[str, Any]] = {}
     for case in CASES:
-        if not args.config or case.name in args.config:
+        if not args.case or case.name in args.case:
             for kind, row in _measure(case).items():
                 results[f"{case.name}/{kind}"] = row
     return results
@@ -141,6 +145,7 @@ def _measure(case: Case) -> dict[str, dict[str, Any]]:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), result.state
         )
         peer = _torch_times(result.state, Path(folder) / "peer.pt")
+        num_parameters = sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
         del result
         steps = describe_steps(clock.ended, clock.saved, whole)
         num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
@@ -148,7 +153,8 @@ def _measure(case: Case) -> dict[str, dict[str, Any]]:
         restore_seconds = _restore(config, path, wanted)
         write_rate, read_rate = _disk_rates(Path(folder) / "plain", num_bytes)
     shape = (
-        f"{case.name}: {num_bytes / 1e6:,.0f} MB of arrays; batch {config.global_batch_size} x {config.sequence_length}"
+        f"{case.name}: {num_parameters / 1e6:,.1f} M parameters, {num_bytes / 1e6:,.0f} MB of arrays; "
+        f"batch {config.global_batch_size} x {config.sequence_length}"
     )
     common = {"shape": shape, "peer_name": PEER_NAME if peer else None}
     save_seconds, load_seconds = peer or (None, None)
@@ -179,6 +185,7 @@ def _measure(case: Case) -> dict[str, dict[str, Any]]:
             "peer": num_bytes / load_seconds if load_seconds else None,
             "unit": "bytes of arrays a second, checksums compared",
             "restore_seconds": restore_seconds,
+            "parameters": num_parameters,
         },
     }
     for row in rows.values():
@@ -189,9 +196,9 @@ def _measure(case: Case) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def describe_steps(ended: dict[int, float], saved: dict[int, float], whole: dict[int, float]) -> dict[str, float]:
-    """Medians over steps in seconds: `saving`, `neighbours`, `quiet` (nothing written meanwhile), and of the saves
-    `until_whole`; `first` is the first step that saves.
+def describe_steps(ended: dict[int, float], saved: dict[int, float], whole: dict[int, float]) -> dict[str, Any]:
+    """Medians over steps in seconds: `saving`, `neighbours`, `quiet` (nothing written meanwhile; None where there is no
+    such step), and of the saves `until_whole`; `first` is the first step that saves.
 
     `ended` and `saved` map steps to times: step s + 1 is the one that saves s. The last save has no such step.
     """
@@ -212,7 +219,7 @@ def describe_steps(ended: dict[int, float], saved: dict[int, float], whole: dict
         "saving": statistics.median(seconds[step] for step in saving),
         "first": seconds[saving[0]],
         "neighbours": statistics.median(seconds[step] for step in near),
-        "quiet": statistics.median(seconds[step] for step in quiet) if quiet else float("nan"),
+        "quiet": statistics.median(seconds[step] for step in quiet) if quiet else None,
         "until_whole": statistics.median(whole[step] - saved[step] for step in saved),
     }
 
@@ -296,7 +303,7 @@ def _print(rows: dict[str, dict[str, Any]], peer: tuple[float, float] | None) ->
         f"{stall['shape']}\n"
         f"a step that saves {stall['ours']:.3f} s, its neighbours {stall['limit']:.3f} s, ratio "
         f"{stall['stall_ratio']:.2f} (the first save {stall['first_stall_ratio']:.2f}); steps while nothing is written "
-        f"{stall['quiet_step_seconds']:.3f} s; the loop waited {stall['save_stall_seconds']:.3f} s a save\n"
+        f"{stall['quiet_step_seconds'] or 0:.3f} s; the loop waited {stall['save_stall_seconds']:.3f} s a save\n"
         f"files whole after {stall['seconds_until_whole']:.2f} s, {save['bytes_written'] / 1e6:,.0f} MB: "
         f"{save['ours'] / 1e6:,.0f} MB/s of arrays, the disk writes {save['limit'] / 1e6:,.0f} MB/s\n"
         f"restored in {restore['restore_seconds']:.2f} s: {restore['ours'] / 1e6:,.0f} MB/s, the disk reads "
