@@ -238,10 +238,8 @@ class Checkpointer:
         def sums() -> dict[str, int]:
             return {name: int(value) for name, value in zip(snapshot.named, np.asarray(snapshot.checksums))}
 
-        def write_local() -> None:
-            before()
-            if is_local and self._local:
-                self._local.write(step, snapshot.named, said, sums())
+        def write_local(local: LocalTier) -> None:
+            local.write(step, snapshot.named, said, sums())
 
         def write_shared(save: Callable[..., Any]) -> Any:
             metadata = {"facts": said, "checksums": sums()}
@@ -250,7 +248,11 @@ class Checkpointer:
                 raise RuntimeError(f"Orbax did not save step {step} below {self.directory}, after {self._orbax.latest}")
             return started
 
-        self._writing.append(self._thread.submit(write_local))
+        self._writing.append(self._thread.submit(before))
+        if not self._config.asynchronous or jax.process_count() > 1:
+            self._writing.pop().result()
+        if is_local and self._local:
+            self._writing.append(self._thread.submit(write_local, self._local))
         if is_shared and self._config.asynchronous and jax.process_count() == 1:
             self._writing.append(self._thread.submit(write_shared, self._orbax.save_checkpointables))
         elif is_shared and self._config.asynchronous:
@@ -262,7 +264,12 @@ class Checkpointer:
 
     def save(self, step: int, state: PyTree, facts: RunFacts) -> None:
         """Saves `state` and `facts` as `step` in the shared folder; waits for the previous save first."""
-        self.write(step, self.snapshot(state), facts)
+        if self._config.asynchronous:
+            snapshot = self.snapshot(state)
+        else:
+            named = named_leaves(state)
+            snapshot = Snapshot(named, array_checksums(list(named.values())))
+        self.write(step, snapshot, facts)
 
     def restore_latest(
         self, abstract_state: PyTree, check: Callable[[RunFacts], None]

@@ -290,6 +290,7 @@ class TrainLoop:
         self._checkpointer.write(
             done.step, done.snapshot, facts, tell, is_shared=done.is_shared, is_local=done.is_local
         )
+        done.snapshot = None
         self._save_stall_seconds += time.monotonic() - start
 
     def _restart_clock(self) -> None:
