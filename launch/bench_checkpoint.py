@@ -25,8 +25,6 @@ from aromni_jax.train.observe import Hook
 from launch.host_memory import keep_freed_memory_on_cpu
 
 if TYPE_CHECKING:
-    import jax
-
     from aromni_jax.config import TrainConfig
 
 _NEAR_STEPS = 3
@@ -134,7 +132,7 @@ def _measure(case: Case) -> dict[str, dict[str, Any]]:
     from launch.train import run_training
 
     config_dict = case.config()
-    config_dict.total_steps = _WARM_STEPS + case.every_steps * case.num_saves + _NEAR_STEPS + 1
+    config_dict.total_steps = case.every_steps * case.num_saves + _NEAR_STEPS + 1
     config_dict.checkpoint.update(save_every_steps=case.every_steps, keep_last=1)
     config = from_mapping(TrainConfig, config_dict)
     with tempfile.TemporaryDirectory() as folder:
@@ -245,24 +243,12 @@ def _torch_times(state: Any, path: Path) -> tuple[float, float] | None:
         return None
     import jax
     import numpy as np
-    import torch
 
-    def tensor(leaf: jax.Array) -> Any:
-        array = np.asarray(leaf)
-        return torch.from_numpy(np.array(array.view(np.int16) if array.dtype.name == "bfloat16" else array))
+    from aromni_jax.peers import torch_files
 
-    tensors = [tensor(leaf) for leaf in jax.tree.leaves(state)]
-    begun = time.perf_counter()
-    with open(path, "wb") as file:
-        torch.save(tensors, file)
-        file.flush()
-        os.fsync(file.fileno())
-    save_seconds = time.perf_counter() - begun
-    del tensors
+    save_seconds = torch_files.save_seconds([np.asarray(leaf) for leaf in jax.tree.leaves(state)], path)
     _forget(path)
-    begun = time.perf_counter()
-    torch.load(path, weights_only=True)
-    load_seconds = time.perf_counter() - begun
+    load_seconds = torch_files.load_seconds(path)
     path.unlink()
     return save_seconds, load_seconds
 

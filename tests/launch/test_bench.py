@@ -81,7 +81,7 @@ def test_checkpoints_beside_the_disk_and_torch(tmp_path, monkeypatch, capsys):
         config.mesh.fsdp = 8
         return config
 
-    monkeypatch.setattr("launch.bench_checkpoint.CASES", (bench_checkpoint.Case("tiny", tiny, 4, 2),))
+    monkeypatch.setattr("launch.bench_checkpoint.CASES", (bench_checkpoint.Case("tiny", tiny, 5, 2),))
     monkeypatch.setattr("launch.bench_checkpoint.keep_freed_memory_on_cpu", lambda: None)
     path = tmp_path / "bench.json"
     assert cli.run("bench", ["checkpoint", f"--json={path}"]) == 0
@@ -107,5 +107,5 @@ def test_which_steps_save_and_which_are_their_neighbours():
 
 
 def test_an_unknown_config_to_save_is_named(capsys):
-    assert cli.run("bench", ["checkpoint", "--config=7b"]) == 1
+    assert cli.run("bench", ["checkpoint", "--case=7b"]) == 1
     assert "quickstart, 100m" in capsys.readouterr().err
