@@ -112,7 +112,14 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimizer and schedule. `decay_steps` is how long `wsd` decays at the end; others decay over the whole run."""
+    """Optimizer and schedule. `decay_steps` is how long `wsd` decays at the end; others decay over the whole run.
+
+    `master_weights` keeps a float32 original of the weights where `model.param_dtype` is bfloat16 (4 bytes a weight
+    more); without it, steps of less than about a 256th of a weight are rounded away. Evaluations, exports and
+    `init_from` take the bfloat16 weights, with which the losses were measured; the moving average is float32.
+    `offload` keeps moments, master weights and moving average in the memory of the host, from where each step fetches
+    them layer by layer; it may change between two starts of a run.
+    """
 
     name: typing.Literal["adamw", "adafactor", "lion", "muon"]
     learning_rate: float
@@ -127,6 +134,12 @@ class OptimizerConfig:
     decay_steps: int = 0
     ema_decay: float = 0.0
     moment_dtype: typing.Literal["float32", "bfloat16"] = "float32"
+    master_weights: bool = True
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.offload and self.name == "adafactor":
+            _fail("optimizer.offload", "works with adamw, lion and muon; set it to False for adafactor")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,9 @@ def next_token_loss(
     `z_loss.sum` carry gradients.
     """
     B, L, _ = hidden_BLD.shape
-    num_blocks = _num_blocks(unembedding_VD.shape[0], B * L, chunk_tokens)
+    mesh = jax.sharding.get_abstract_mesh()
+    devices, tensor = (1, 1) if mesh.empty else (mesh.size, mesh.shape["tensor"])
+    num_blocks = count_blocks(unembedding_VD.shape[0], B * L / devices, chunk_tokens, tensor)
     table_VD = unembedding_VD.astype(hidden_BLD.dtype)
     bias_V = jnp.where(valid_mask_V, 0.0, INVALID_LOGIT)
     targets_BL = jnp.asarray(batch.targets_BL)
@@ -75,14 +77,12 @@ def next_token_loss(
     return _sums(over_vocabulary, batch)
 
 
-def _num_blocks(vocab_size: int, num_tokens: int, chunk_tokens: int) -> int:
-    """The least number of equal blocks that keeps logits [num_tokens, vocab_size / blocks] within bounds.
+def count_blocks(vocab_size: int, tokens_per_device: float, chunk_tokens: int, tensor: int) -> int:
+    """The least number of equal blocks of the vocabulary that keeps a device's logits within bounds.
 
-    Logits are split over every axis of the mesh, a block over `tensor`.
+    Logits are split over every axis of the mesh, a block over the `tensor` devices of that axis.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    devices, tensor = (1, 1) if mesh.empty else (mesh.size, mesh.shape["tensor"])
-    wanted = num_tokens / (devices * max(1, chunk_tokens))
+    wanted = tokens_per_device / max(1, chunk_tokens)
     rows = vocab_size // tensor
     return min(count for count in range(1, rows + 1) if rows % count == 0 and (count >= wanted or count == rows))
 

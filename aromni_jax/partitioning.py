@@ -48,21 +48,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         divide the data axis or that the devices do not have.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = _resolve_sizes(config, len(devices))
+    shape = mesh_sizes(config, len(devices))
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    # A mesh axis may be half of a physical one: tensor = 4 on a cube of 8 x 8 x 8 chips, which JAX otherwise refuses.
     if config.num_slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=axis_types)
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(array, MESH_AXES, axis_types=axis_types)
     if shape[0] % config.num_slices:
         raise ValueError(f"mesh.data = {shape[0]} is not a multiple of mesh.num_slices = {config.num_slices}")
     found = len({getattr(device, "slice_index", 0) for device in devices})
     if found != config.num_slices:
         raise ValueError(f"mesh.num_slices = {config.num_slices}, but the devices form {found} slice(s)")
     inside = (shape[0] // config.num_slices, *shape[1:])
-    array = mesh_utils.create_hybrid_device_mesh(inside, (config.num_slices, 1, 1, 1), devices)
+    array = mesh_utils.create_hybrid_device_mesh(
+        inside, (config.num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
     return Mesh(array, MESH_AXES, axis_types=axis_types)
 
 
-def _resolve_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """Sizes of `MESH_AXES` on that many devices; ValueError as in `make_mesh`."""
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     shown = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]

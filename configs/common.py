@@ -31,6 +31,8 @@ def train_defaults() -> ConfigDict:
                 clip_norm=1.0,
                 ema_decay=0.0,
                 moment_dtype="float32",
+                master_weights=True,
+                offload=False,
             ),
             mesh=dict(data=1, fsdp=-1, context=1, tensor=1, num_slices=1),
             checkpoint=dict(

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import platform
 import statistics
 import tempfile
 import threading
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aromni_jax.train.observe import Hook
+from launch.bench_sides import versions
 from launch.host_memory import keep_freed_memory_on_cpu
 
 if TYPE_CHECKING:
@@ -79,11 +81,13 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if unknown:
         raise ValueError(f"--case={unknown[0]} is not measured; known: {', '.join(names)}")
     keep_freed_memory_on_cpu()
+    device = f"{os.cpu_count()} cores, {platform.machine()}; {versions('jax', 'orbax-checkpoint')}"
+    print(device, flush=True)
     results: dict[str, dict[str, Any]] = {}
     for case in CASES:
         if not args.case or case.name in args.case:
             for kind, row in _measure(case).items():
-                results[f"{case.name}/{kind}"] = row
+                results[f"{case.name}/{kind}"] = row | {"device": device}
     return results
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from launch.bench_sides import versions
 
 _ROW_LENGTH, _ROWS = 4096, 8
 _DOCUMENTS, _PLANNED_DOCUMENTS = 40_000, 600_000
@@ -24,11 +27,13 @@ PEER_NAME = f"grain.experimental.FirstFitPackIterDataset, {_GRAIN_BINS} bins"
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints the figures and returns them under the keys of `aromni bench --json`.
+    """Prints the figures; returns {"data": them} under the keys of `aromni bench --json`.
 
     Raises:
       ValueError: `--data` names no finished data set, or one whose records are longer than a row.
     """
+    device = f"{platform.machine()}; {versions('grain', 'array_record', 'numpy')}"
+    print(device)
     with contextlib.ExitStack() as stack:
         if args.data:
             directory = Path(args.data)
@@ -38,7 +43,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
             print(f"writing {_DOCUMENTS:,} documents with the lengths of the recipe", flush=True)
             write_recipe_corpus(directory, _DOCUMENTS)
-        return _measured(directory, args.repeats)
+        return {"data": _measured(directory, args.repeats) | {"device": device}}
 
 
 def _measured(directory: Path, repeats: int) -> dict[str, Any]:

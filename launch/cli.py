@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -41,7 +42,10 @@ def _usage() -> str:
 
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """Runs one subcommand; 0 means done, anything else printed one line that says what to do."""
+    """Runs one subcommand; 0 means done, anything else printed one line that says what to do.
+
+    1 is an error that the user can mend, 2 a wrong command line, 70 anything else that went wrong.
+    """
     parser = build_parser(command)
     module = importlib.import_module(COMMANDS[command][0])
     args, rest = parser.parse_known_args(argv)
@@ -62,6 +66,13 @@ def run(command: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"aromni {command}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        from aromni_jax.train.watchdog import EXIT_UNEXPECTED
+
+        traceback.print_exc()
+        cause = str(error).strip().split("\n")[0][:200]
+        print(f"aromni {command}: error: this should not happen: {type(error).__name__}: {cause}", file=sys.stderr)
+        return EXIT_UNEXPECTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

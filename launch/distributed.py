@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator
 
-from aromni_jax.train.watchdog import EXIT_TRY_AGAIN
+from aromni_jax.train.watchdog import EXIT_TRY_AGAIN, EXIT_UNEXPECTED
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +84,8 @@ def leaving_at_once() -> Iterator[None]:
     """Around work that all processes do together: one of several that fails says why and ends, without waiting.
 
     A process that ends as usual waits for the others, and for files they write together: for ever, once one has failed.
-    When the failure is that another process is gone, this one ends with `EXIT_TRY_AGAIN`. A process on its own just
-    fails.
+    When the failure is that another process is gone, this one ends with `EXIT_TRY_AGAIN`; what no user can cause ends
+    with `EXIT_UNEXPECTED`. A process on its own just fails.
     """
     import jax
 
@@ -95,7 +95,7 @@ def leaving_at_once() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         cause = str(error).strip().split("\n")[0][:200]
-        status, place = 1, f"process {jax.process_index()} of {jax.process_count()}"
+        status, place = EXIT_UNEXPECTED, f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(error, jax.errors.JaxRuntimeError) and _CONNECTION.search(str(error)):
             status = EXIT_TRY_AGAIN
             print(
@@ -104,6 +104,7 @@ def leaving_at_once() -> Iterator[None]:
                 file=sys.stderr,
             )
         elif isinstance(error, ValueError):
+            status = 1
             print(f"aromni: error: {place}: {cause}", file=sys.stderr)
         else:
             traceback.print_exc()

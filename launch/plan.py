@@ -1,4 +1,8 @@
-"""`aromni plan`: compiles the train step for a TPU pod that is not here: does it fit, and how fast can it be?"""
+"""`aromni plan`: compiles the train step for a TPU pod that is not here: does it fit, and how fast can it be?
+
+The compiler knows how much memory a program takes long before it has made code for it. So a plan normally stops there;
+`--compile` goes on to the executable, which also finds what only making code can (a kernel that does not fit VMEM).
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, metavar="NAME", help="for example v5e:16x16 or v5p:4x4x4 (chips)")
     parser.add_argument("--num_slices", type=int, default=1, metavar="S", help="slices of that shape (default: 1)")
     parser.add_argument(
+        "--compile", action="store_true", help="compile to the end, which takes minutes, not only until memory is known"
+    )
+    parser.add_argument(
         "--search", action="store_true", help="try rows per chip, remat policies and tensor ways; print the best"
     )
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
@@ -46,7 +53,8 @@ def main(args: argparse.Namespace) -> int:
     if args.search:
         result = _search(plain, args.topology, args.num_slices)
     else:
-        result = plan_search.cached("compiled", plan_config)(plain, args.topology, args.num_slices)
+        name, plan = ("compiled", plan_config) if args.compile else ("assigned", plan_search.assigned_memory_plan)
+        result = plan_search.cached(name, plan)(plain, args.topology, args.num_slices)
         print(describe(result))
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -119,18 +127,22 @@ def describe(result: dict[str, Any]) -> str:
     mesh = ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
     seconds = result["roofline_seconds"]
     best = result["step_seconds_roofline"]
-    rate = result["global_batch_size"] * result["sequence_length"] / best
+    rows, asked = result["global_batch_size"], result["asked_global_batch_size"]
+    rate = rows * result["sequence_length"] / best
+    compiled = result["memory_from"] == "executable"
     return "\n".join(
         [
             f"{result['parameters']:,} parameters on {result['devices']} x {result['device_kind']} ({mesh})",
-            f"batch: {result['global_batch_size']} rows of {result['sequence_length']}",
+            f"batch: {rows} rows of {result['sequence_length']}"
+            + (f" (the config's {asked} do not divide over these devices)" if asked != rows else ""),
             f"memory per device: {hbm['peak'] / gib:.2f} GiB of {capacity / gib:.0f} "
             f"({hbm['arguments'] / gib:.2f} state and batch, {hbm['temporaries'] / gib:.2f} temporaries): "
             + ("fits" if result["fits"] else "does NOT fit")
             + (f"; {result['host_bytes'] / gib:.2f} GiB of the host" if result["host_bytes"] else ""),
             f"step at best {best:.3g} s, {rate:,.0f} tokens/s, bound by {result['bound_by']}: "
             + ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items()),
-            f"compiled in {result['compile_seconds']:.0f} s",
+            ("compiled to the end in" if compiled else "by the compiler's memory report, after")
+            + f" {result['compile_seconds']:.0f} s",
         ]
     )
 

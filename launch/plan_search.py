@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-REMATS = ("dots", "attention", "full", "nested", "offload", "offload_nested")
+REMATS = ("dots", "attention", "full", "offload")
 """From the least computed again to the least memory."""
 TENSOR_WAYS = (1, 4)
 MAX_ROWS = 64

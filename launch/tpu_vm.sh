@@ -19,7 +19,8 @@ shift 3
 
 arguments=$(printf '%q ' "$@")
 remote="${BEFORE:-true} && for try in \$(seq ${TRIES:-20}); do aromni ${arguments% }; status=\$?;"
-remote+=' if [ $status -le 2 ]; then exit $status; fi; sleep 15; done; exit $status'
+remote+=' if [ $status -le 2 ]; then exit $status; fi;'
+remote+=" echo \"aromni ended with status \$status (try \$try of ${TRIES:-20})\" >&2; sleep 15; done; exit \$status"
 command=(gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$remote")
 if $dry_run; then printf '%q ' "${command[@]}"; echo; exit 0; fi
 exec "${command[@]}"

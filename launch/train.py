@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from launch import distributed
+from launch.compile_cache import keep_compiled_programs
 from launch.flags import add_config_argument, load_config
 from launch.host_memory import keep_freed_memory_on_cpu
 
@@ -49,8 +50,10 @@ def main(args: argparse.Namespace) -> int:
 
     from aromni_jax.config import TrainConfig, from_mapping
     from aromni_jax.train.observe import ProfilerWindow
+    from aromni_jax.train.workdir import prepare
 
     config = from_mapping(TrainConfig, config_dict)
+    keep_compiled_programs(prepare(args.workdir))
     hooks: list[Hook] = []
     if args.profile_steps:
         first, _, last = args.profile_steps.partition(":")
@@ -158,6 +161,9 @@ def run_training(
             if config.init_from:
                 state = _with_params_from(config.init_from, state, wanted, vocab)
         if is_main:
+            # A start that ended before its first checkpoint has left nothing but this.
+            this_start = time.time() - (time.monotonic() - started)
+            window.goodput.first_start = min(window.goodput.first_start, workdirs.first_start(path, this_start))
             workdirs.write_text(path / workdirs.CONFIG_FILE, to_json(config))
             data.save_tokenizers(path / workdirs.TOKENIZERS)
         if first_step >= config.total_steps:
@@ -213,7 +219,7 @@ def _identity_check(
     from aromni_jax.train.workdir import check_same_config
 
     def check(facts: Any) -> None:
-        for line in check_same_config(facts.config, resolved, path):
+        for line in check_same_config(_with_defaults(facts.config), resolved, path):
             log.info("changed since the last start: %s", line)
         vocab.check_fingerprint(facts.vocab_fingerprint, f"workdir {path}")
         batches.restore(facts.data_position)
@@ -221,10 +227,20 @@ def _identity_check(
     return check
 
 
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A config of an older version with the keys it could not have, each as it was before anyone could choose."""
+    from aromni_jax.config import TrainConfig, from_mapping, to_json
+
+    with contextlib.suppress(ValueError):
+        saved = json.loads(to_json(from_mapping(TrainConfig, saved)))
+    return saved
+
+
 def _with_params_from(source: str, state: TrainState, wanted: TrainState, vocab: JointVocab) -> TrainState:
     """`state` with the weights of another run's newest checkpoint; optimizer, step and data start anew.
 
-    Values are cast only here, and said so. A perceptual head the source lacks stays as initialised.
+    Values are cast only here, and said so; master weights and moving average begin with the values as they are stored.
+    A perceptual head the source lacks stays as initialised.
     """
     import jax
     import jax.numpy as jnp
@@ -245,8 +261,6 @@ def _with_params_from(source: str, state: TrainState, wanted: TrainState, vocab:
     arrays = named_leaves(params.load(as_saved))
     log.info("weights from step %d of %s", params.step, source)
     cast = [name for name, array in arrays.items() if array.dtype != target[name].dtype]
-    for name in cast:
-        arrays[name] = arrays[name].astype(target[name].dtype)
     if cast:
         stored = as_saved[cast[0]].dtype
         log.info("cast to %s: %d arrays that are stored as %s", target[cast[0]].dtype, len(cast), stored)
@@ -254,10 +268,17 @@ def _with_params_from(source: str, state: TrainState, wanted: TrainState, vocab:
         log.info("newly initialised, because %s has none: %s", source, ", ".join(fresh))
     if unused:
         log.info("left out, because this model has none: %s", ", ".join(unused))
-    leaves = [arrays.get(name, leaf) for name, leaf in named_leaves(state.params).items()]
-    new_params = jax.tree.unflatten(jax.tree.structure(state.params), leaves)
-    ema = jax.tree.map(jnp.copy, new_params) if jax.tree.leaves(state.ema) else state.ema
-    return dataclasses.replace(state, params=new_params, ema=ema)
+
+    def filled(tree: Any, places: Any) -> Any:
+        leaves = named_leaves(tree)
+        for name, place in named_leaves(places).items():
+            if name in arrays:
+                # A copy, because donation forbids two leaves in one buffer.
+                leaves[name] = jax.device_put(jnp.array(arrays[name], place.dtype, copy=True), place.sharding)
+        return jax.tree.unflatten(jax.tree.structure(tree), list(leaves.values()))
+
+    parts = ("params", "master", "ema")
+    return dataclasses.replace(state, **{part: filled(getattr(state, part), getattr(wanted, part)) for part in parts})
 
 
 if __name__ == "__main__":

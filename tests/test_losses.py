@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from aromni_jax import losses
+from aromni_jax import losses, partitioning
+from aromni_jax.config import MeshConfig
 from aromni_jax.structs import Modality, PackedBatch, Task
 
 B, L, D, V = 2, 12, 8, 20
@@ -71,6 +75,51 @@ def test_blocks_of_the_vocabulary_equal_all_logits_at_once(chunk_tokens):
         np.testing.assert_allclose(right, left, rtol=1e-6, atol=1e-6)
     for left, right in zip(whole_gradients, gradients, strict=True):
         np.testing.assert_allclose(right, left, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_tokens", [3, 10_000])
+@pytest.mark.parametrize("mesh", [dict(tensor=4), dict(fsdp=2, tensor=2, context=2), dict(data=2, fsdp=4)])
+def test_a_vocabulary_split_over_devices_changes_nothing(mesh, chunk_tokens):
+    """To 1e-5 as on one device, sums and gradients, where devices hold parts of the table, of the batch, or of both."""
+    sizes = dict(data=1, fsdp=1, context=1, tensor=1) | mesh
+    made = partitioning.make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
+    rng = np.random.default_rng(1)
+    hidden, table = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, L, D), (V, D)))
+    large = jax.tree.map(lambda x: np.concatenate([x] * 4), batch())
+
+    def objective(hidden, table):
+        sums = losses.next_token_loss(hidden, table, large, valid_mask_V=VALID, chunk_tokens=chunk_tokens)
+        return sums.total.sum + 0.1 * sums.z_loss.sum, sums
+
+    compute = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+    placed = jax.jit(
+        partitioning.on_mesh(compute, made),
+        in_shardings=tuple(
+            NamedSharding(made, partitioning.spec(names)) for names in (("batch", "length", None), ("vocab", "embed"))
+        ),
+    )
+    for left, right in zip(
+        jax.tree.leaves(compute(hidden, table)), jax.tree.leaves(placed(hidden, table)), strict=True
+    ):
+        np.testing.assert_allclose(right, left, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_tokens", [3, 10_000])
+def test_bfloat16_stays_close_to_float32(chunk_tokens):
+    """From the same bfloat16 values: losses to 1e-5, gradients (kept in bfloat16) within 1 % of the largest."""
+    hidden, table = (x.astype(jnp.bfloat16) for x in tables())
+
+    def objective(hidden, table):
+        sums = losses.next_token_loss(hidden, table, batch(), valid_mask_V=VALID, chunk_tokens=chunk_tokens)
+        return sums.total.sum + 0.1 * sums.z_loss.sum
+
+    compute = jax.value_and_grad(objective, argnums=(0, 1))
+    value, gradients = compute(hidden, table)
+    wanted, exact = compute(hidden.astype(jnp.float32), table.astype(jnp.float32))
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    for have, want in zip(gradients, exact, strict=True):
+        assert have.dtype == jnp.bfloat16
+        np.testing.assert_allclose(have.astype(jnp.float32), want, rtol=0, atol=0.01 * float(jnp.abs(want).max()))
 
 
 @pytest.mark.parametrize("chunk_tokens", [8, 24])

@@ -36,7 +36,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full", "nested", "offload", "offload_nested", "dots", "attention"] = "none"
+    remat: Literal["none", "full", "offload", "dots", "attention"] = "none"
     scan_layers: bool = True
     attention: Literal["auto", "reference", "blocked", "splash", "cudnn"] = "auto"
 

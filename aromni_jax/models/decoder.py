@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from aromni_jax.arrays import IntArray
 from aromni_jax.models.config import ModelConfig
+from aromni_jax.models.embedding_lookup import embedding_lookup
 from aromni_jax.models.kv_cache import KVCache
 from aromni_jax.models.layers import REMAT_POLICIES, DecoderLayer, RMSNorm
 from aromni_jax.models.perceptual_head import PerceptualHead
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
         decode L = 1), and tokens of segment 0 (padding) are not stored.
         """
         c = self.config
-        x_BLD = jnp.take(self.embedding, tokens_BL, axis=0).astype(jnp.dtype(c.dtype))
+        x_BLD = embedding_lookup(self.embedding, tokens_BL, c.dtype)
         x_BLD = constrain(x_BLD, "batch", "length", None)
         turn = rotation(positions_BL, c.head_dim, c.rope_theta)
         (x_BLD, filled), _ = self.layers((x_BLD, cache), jnp.arange(c.num_layers), turn, positions_BL, segment_ids_BL)

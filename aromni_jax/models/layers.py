@@ -12,6 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from aromni_jax.models.attention import attention, cached_attention
 from aromni_jax.models.attention_kernels import ATTENDED
 from aromni_jax.models.config import ModelConfig
+from aromni_jax.models.gated_down import gated, gated_down, gated_gradients
+from aromni_jax.models.gradient_order import gradients_together
 from aromni_jax.models.kv_cache import KVCache
 from aromni_jax.models.rope import Rotation, rotate
 from aromni_jax.partitioning import constrain, logical
@@ -28,15 +30,16 @@ _TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
 )
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "nested": jax.checkpoint_policies.nothing_saveable,
     "offload": _TO_HOST,
-    "offload_nested": _TO_HOST,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
 }
 """What a layer keeps for its backward pass: nothing but its input ("full"), each matmul with weights ("dots"),
-attention's output; "none" keeps all. "offload" moves the input to host memory until the backward pass. "nested" frees
-what attention and norms keep before the MLP's backward pass, and computes attention a second time."""
+attention's output; "none" keeps all. "offload" moves the input to host memory until the backward pass."""
+
+KEEP_LAYER_INPUTS = frozenset({"full", "offload"})
+"""Policies that are after memory: inside a layer, too, what is cheap is computed again and gradients come in an order
+that frees activations early. None of it adds a matrix product."""
 
 
 def _fan_in(fan_in_axes: tuple[int, ...], out_axes: tuple[int, ...]) -> nn.initializers.Initializer:
@@ -52,6 +55,8 @@ class RMSNorm(nn.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         c = self.config
         scale_D = self.param("scale", logical(nn.initializers.ones, "norm"), (c.d_model,), jnp.dtype(c.param_dtype))
+        if c.remat in KEEP_LAYER_INPUTS:
+            x_BLD, scale_D = gradients_together(x_BLD, scale_D)
         x32_BLD = x_BLD.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True) + c.norm_eps)
         return (x32_BLD * inverse_rms).astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)
@@ -68,6 +73,8 @@ class HeadNorm(nn.Module):
         shape, dtype = x_BLNH.shape[2:], jnp.dtype(self.config.param_dtype)
         scale_NH = self.param("scale", logical(nn.initializers.ones, self.head_axis, "head_dim"), shape, dtype)
         bias_NH = self.param("bias", logical(nn.initializers.zeros, self.head_axis, "head_dim"), shape, dtype)
+        if self.config.remat in KEEP_LAYER_INPUTS:
+            x_BLNH, (scale_NH, bias_NH) = gradients_together(x_BLNH, (scale_NH, bias_NH))
         x32_BLNH = x_BLNH.astype(jnp.float32)
         centred = x32_BLNH - jnp.mean(x32_BLNH, axis=-1, keepdims=True)
         inverse_std = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + QK_NORM_EPS)
@@ -100,15 +107,26 @@ class Attention(nn.Module):
         q_BLNH = jnp.einsum("BLD,DNH->BLNH", x_BLD, weight("q", N, "heads"))
         k_BLKH = jnp.einsum("BLD,DKH->BLKH", x_BLD, weight("k", K, "kv_heads"))
         v_BLKH = jnp.einsum("BLD,DKH->BLKH", x_BLD, weight("v", K, "kv_heads"))
-        if c.qk_norm:
-            q_BLNH = HeadNorm(c, "heads", name="q_norm")(q_BLNH)
-            k_BLKH = HeadNorm(c, "kv_heads", name="k_norm")(k_BLKH)
-        q_BLNH = constrain(rotate(q_BLNH, turn), "batch", "length", "heads", None)
-        k_BLKH = constrain(rotate(k_BLKH, turn), "batch", "length", "kv_heads", None)
+
+        def turned(module: Attention, q_BLNH: jax.Array, k_BLKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+            if c.qk_norm:
+                q_BLNH = HeadNorm(c, "heads", name="q_norm")(q_BLNH)
+                k_BLKH = HeadNorm(c, "kv_heads", name="k_norm")(k_BLKH)
+            q_BLNH = constrain(rotate(q_BLNH, turn), "batch", "length", "heads", None)
+            return q_BLNH, constrain(rotate(k_BLKH, turn), "batch", "length", "kv_heads", None)
+
+        def attend(module: Attention, q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array) -> jax.Array:
+            q_BLNH, k_BLKH = turned(module, q_BLNH, k_BLKH)
+            return attention(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, implementation=c.attention)
+
         v_BLKH = constrain(v_BLKH, "batch", "length", "kv_heads", None)
         if cache is None:
-            attended_BLNH = attention(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, implementation=c.attention)
+            if c.remat in KEEP_LAYER_INPUTS:
+                # Norms and rotations again, attention not: the MLP's backward pass finds q and k of one kind only.
+                attend = nn.remat(attend, policy=REMAT_POLICIES["attention"])
+            attended_BLNH = attend(self, q_BLNH, k_BLKH, v_BLKH)
         else:
+            q_BLNH, k_BLKH = turned(self, q_BLNH, k_BLKH)
             slots_BL = cache.slots(positions_BL, segment_ids_BL)
             cache, keys_BSKH, values_BSKH = cache.write(layer, slots_BL, k_BLKH, v_BLKH)
             attended_BLNH = cached_attention(q_BLNH, keys_BSKH, values_BSKH, positions_BL)
@@ -120,7 +138,7 @@ class Attention(nn.Module):
 @jax.custom_vjp
 def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up, keeping only its two inputs for the backward pass."""
-    return jax.nn.silu(gate) * up
+    return gated(gate, up)
 
 
 def _gated_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -128,10 +146,7 @@ def _gated_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[jax
 
 
 def _gated_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    gate, up = saved
-    share = jax.nn.sigmoid(gate)
-    silu = gate * share
-    return d_out * up * (share + silu * (1 - share)), d_out * silu
+    return gated_gradients(*saved, d_out)
 
 
 _gated.defvjp(_gated_forward, _gated_backward)
@@ -169,13 +184,15 @@ class MLP(nn.Module):
         def weight(name: str, shape: tuple[int, int], *axes: str) -> jax.Array:
             return self.param(name, logical(_fan_in((0,), (1,)), *axes), shape, param_dtype).astype(dtype)
 
-        gate_BLF = _linear(x_BLD, weight("gate", (c.d_model, c.mlp_dim), "embed", "mlp"))
-        up_BLF = _linear(x_BLD, weight("up", (c.d_model, c.mlp_dim), "embed", "mlp"))
+        gate_DF, up_DF = (weight(name, (c.d_model, c.mlp_dim), "embed", "mlp") for name in ("gate", "up"))
+        if c.remat in KEEP_LAYER_INPUTS:
+            x_BLD, (gate_DF, up_DF) = gradients_together(x_BLD, (gate_DF, up_DF))
+        gate_BLF, up_BLF = _linear(x_BLD, gate_DF), _linear(x_BLD, up_DF)
+        w_FD = weight("down", (c.mlp_dim, c.d_model), "mlp", "embed")
+        if c.remat in KEEP_LAYER_INPUTS:
+            return gated_down(gate_BLF, up_BLF, w_FD)
         inner_BLF = constrain(_gated(gate_BLF, up_BLF), "batch", "length", "mlp")
-        return jnp.einsum("BLF,FD->BLD", inner_BLF, weight("down", (c.mlp_dim, c.d_model), "mlp", "embed"))
-
-
-_RMSNormAgain, _AttentionAgain = nn.remat(RMSNorm), nn.remat(Attention)
+        return jnp.einsum("BLF,FD->BLD", inner_BLF, w_FD)
 
 
 class DecoderLayer(nn.Module):
@@ -199,15 +216,20 @@ class DecoderLayer(nn.Module):
         c = self.config
         x_BLD, cache = carry
         x_BLD = checkpoint_name(x_BLD, _LAYER_INPUT)
-        norm, block = (RMSNorm, Attention) if not c.remat.endswith("nested") else (_RMSNormAgain, _AttentionAgain)
-        attention_norm, mlp_norm = norm(c, name="attention_norm"), norm(c, name="mlp_norm")
-        attend, mlp = block(c, name="attention"), MLP(c, name="mlp")
-        if c.norm_position == "swin":
-            y_BLD, cache = attend(x_BLD, layer, turn, positions_BL, segment_ids_BL, cache)
-            x_BLD = x_BLD + attention_norm(y_BLD)
-            x_BLD = x_BLD + mlp_norm(mlp(x_BLD))
-        else:
-            y_BLD, cache = attend(attention_norm(x_BLD), layer, turn, positions_BL, segment_ids_BL, cache)
+        is_swin = c.norm_position == "swin"
+
+        def after_attention(module: DecoderLayer, x_BLD: jax.Array, y_BLD: jax.Array) -> jax.Array:
+            if is_swin:
+                x_BLD = x_BLD + RMSNorm(c, name="attention_norm")(y_BLD)
+                return x_BLD + RMSNorm(c, name="mlp_norm")(MLP(c, name="mlp")(x_BLD))
             x_BLD = x_BLD + y_BLD
-            x_BLD = x_BLD + mlp(mlp_norm(x_BLD))
+            return x_BLD + MLP(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x_BLD))
+
+        if c.remat in KEEP_LAYER_INPUTS:
+            # Its result is not needed again, so that all of it is computed again only here, and once.
+            after_attention = nn.remat(after_attention)
+        attend = Attention(c, name="attention")
+        read_BLD = x_BLD if is_swin else RMSNorm(c, name="attention_norm")(x_BLD)
+        y_BLD, cache = attend(read_BLD, layer, turn, positions_BL, segment_ids_BL, cache)
+        x_BLD = after_attention(self, x_BLD, y_BLD)
         return (constrain(x_BLD, "batch", "length", None), cache), None

@@ -28,7 +28,15 @@ from orbax.checkpoint import v1 as ocp
 from aromni_jax.arrays import PyTree
 from aromni_jax.config import CheckpointConfig
 from aromni_jax.train import workdir as workdirs
-from aromni_jax.train.leaves import any_process, array_checksums, checksums, key_name, named_leaves, nested
+from aromni_jax.train.leaves import (
+    any_process,
+    array_checksums,
+    checksums,
+    key_name,
+    named_leaves,
+    nested,
+    on_device,
+)
 from aromni_jax.train.local_tier import LocalTier
 
 log = logging.getLogger(__name__)
@@ -206,7 +214,8 @@ class Checkpointer:
         for them."""
         arrays = list(named_leaves(state).values())
         places = [x.sharding if has_room else x.sharding.with_memory_kind("pinned_host") for x in arrays]
-        self._copy = jax.jit(lambda arrays: [jnp.copy(x) for x in arrays], out_shardings=places).lower(arrays).compile()
+        copy = jax.jit(lambda arrays: [jnp.copy(on_device(x)) for x in arrays], out_shardings=places)
+        self._copy = copy.lower(arrays).compile()
         self._sums = array_checksums.lower(arrays).compile()
         self._sums_of_copy = has_room
 

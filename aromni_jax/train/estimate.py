@@ -24,9 +24,11 @@ from aromni_jax import partitioning
 from aromni_jax.config import TrainConfig
 from aromni_jax.models.config import ModelConfig, attended_pairs, num_parameters, train_flops
 from aromni_jax.structs import PackedBatch
+from aromni_jax.train.communication import communication_bytes
 from aromni_jax.train.metrics import peak_flops
 from aromni_jax.train.state import Frozen, abstract_state
 from aromni_jax.train.step import make_train_step
+from aromni_jax.train.update import HOST
 from aromni_jax.vocab import JointVocab
 
 
@@ -83,9 +85,13 @@ def plan(
     `frozen` may hold `jax.ShapeDtypeStruct`s. Rows are taken as full: one document of `sequence_length` tokens each.
     With `dump`, the directory to which this process has told XLA to write, it returns as soon as memory is assigned:
     the compiler then still makes code, which is most of its work, in a thread that only the end of the process stops.
+    `compile_seconds` lasts until then, or without `dump` until the executable is there (`memory_from` says which).
+
+    A batch that the devices do not divide is taken up to the next that they do: `asked_global_batch_size` keeps what
+    the config says.
 
     Raises:
-      ValueError: rows or dimensions that the mesh does not divide, or a kind of device that is not in `CHIPS`.
+      ValueError: dimensions that the mesh does not divide, or a kind of device that is not in `CHIPS`.
     """
     kind = devices[0].device_kind
     names = [name for name in CHIPS if kind.startswith(name)]
@@ -94,9 +100,12 @@ def plan(
         raise ValueError(f"nothing is known about {kind!r}; known kinds are {', '.join(CHIPS)}")
     chip = CHIPS[max(names, key=len)]
     mesh = partitioning.make_mesh(train.mesh, devices)
+    asked = train.global_batch_size
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * train.gradient_accumulation_steps
+    train = dataclasses.replace(train, global_batch_size=math.ceil(asked / ways) * ways)
     started = time.monotonic()
     step: Any = make_train_step(model, train, mesh, vocab, frozen)
-    inputs = abstract_state(model, train, mesh, frozen), _abstract_batch(train, mesh)
+    inputs = abstract_state(model, train, mesh, frozen), abstract_batch(train, mesh)
     lowered = step.lower(*inputs)
     was_refused = False
     try:
@@ -111,10 +120,11 @@ def plan(
     pairs = train.global_batch_size * attended_pairs([train.sequence_length])
     flops = train_flops(model, tokens, pairs)
     done = flops + _recomputed_flops(model, tokens, pairs)
+    sent = communication_bytes(model, train, mesh.shape)
     seconds = {
         "compute": done / (mesh.size * peak),
         "memory": _memory_traffic(model, train, mesh, hbm["arguments"], hbm["temporaries"]) / chip.hbm_bytes_per_second,
-        "interconnect": _interconnect_seconds(model, train, mesh, chip),
+        "interconnect": _interconnect_seconds(sent, train, chip),
     }
     bound_by = max(seconds, key=lambda name: seconds[name])
     return {
@@ -124,17 +134,20 @@ def plan(
         "num_slices": train.mesh.num_slices,
         "remat": model.remat,
         "global_batch_size": train.global_batch_size,
+        "asked_global_batch_size": asked,
         "sequence_length": train.sequence_length,
         "parameters": num_parameters(model),
         "hbm_bytes": hbm,
-        "host_bytes": _host_bytes(model, tokens / mesh.size),
+        "host_bytes": _host_bytes(model, tokens / mesh.size) + _argument_bytes(inputs, on_host=True),
         "hbm_capacity_bytes": chip.hbm_bytes,
         "fits": not was_refused and hbm["peak"] <= chip.hbm_bytes,
         "model_flops_per_step": flops,
         "step_seconds_roofline": seconds[bound_by],
         "roofline_seconds": seconds,
         "bound_by": bound_by,
+        "communication_bytes": {axis: round(count) for axis, count in sent.items()},
         "compile_seconds": compile_seconds,
+        "memory_from": "executable" if dump is None else "memory report",
     }
 
 
@@ -147,8 +160,9 @@ def _compiled_memory(compiled: Any) -> dict[str, int]:
     return {"arguments": arguments, "temporaries": temporaries, "peak": arguments + temporaries + added}
 
 
-def _argument_bytes(inputs: Any) -> int:
-    leaves = jax.tree.leaves(inputs)
+def _argument_bytes(inputs: Any, on_host: bool = False) -> int:
+    """Bytes of state and batch that one device has in its memory, or (`on_host`) in that of its host."""
+    leaves = [x for x in jax.tree.leaves(inputs) if (x.sharding.memory_kind == HOST) == on_host]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
@@ -184,7 +198,8 @@ def _assigned_memory(lowered: Any, inputs: Any, dump: pathlib.Path) -> dict[str,
     return _compiled_memory(compiled[0])
 
 
-def _abstract_batch(train: TrainConfig, mesh: Mesh) -> PackedBatch:
+def abstract_batch(train: TrainConfig, mesh: Mesh) -> PackedBatch:
+    """A global batch as `jax.ShapeDtypeStruct`s with shardings."""
     placement = partitioning.batch_sharding(mesh)
     shape = (train.global_batch_size, train.sequence_length)
 
@@ -213,13 +228,12 @@ def _recomputed_flops(model: ModelConfig, num_tokens: float, num_pairs: float) -
         return logits + scores
     if c.remat == "attention":
         return logits + projections + mlp
-    attention = projections + scores
-    return logits + mlp + (2 * attention if c.remat.endswith("nested") else attention)
+    return logits + mlp + projections + scores
 
 
 def _host_bytes(model: ModelConfig, num_tokens: float) -> int:
     """Memory of the host that one device needs for the inputs of all layers; moving them is taken to be hidden."""
-    if not model.remat.startswith("offload"):
+    if model.remat != "offload":
         return 0
     return round(model.num_layers * num_tokens * model.d_model * jax.numpy.dtype(model.dtype).itemsize)
 
@@ -231,27 +245,7 @@ def _memory_traffic(model: ModelConfig, train: TrainConfig, mesh: Mesh, argument
     return 2.0 * (arguments + temporaries) + train.gradient_accumulation_steps * _passes(model) * weights
 
 
-def _interconnect_seconds(model: ModelConfig, train: TrainConfig, mesh: Mesh, chip: Chip) -> float:
-    """Seconds a device spends sending in a step if nothing overlaps, by the sharding rules.
-
-    fsdp: weights gathered in every pass and gradients summed, for each microbatch, both in the compute type; sums cost
-    twice their bytes, since the compiler makes all-reduces of them. data: gradients summed over copies. tensor: two
-    sums of activations per layer and pass. context: keys and values gathered.
-    """
-    data, fsdp, context, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "context", "tensor"))
-    parameters = num_parameters(model) / tensor
-    activation_bytes = jax.numpy.dtype(model.dtype).itemsize
-    tokens = train.global_batch_size * train.sequence_length / (data * fsdp * context)
-
-    def share(ways: int) -> float:
-        return (ways - 1) / ways
-
-    micro = train.gradient_accumulation_steps
-    by_fsdp = share(fsdp) * micro * parameters * (_passes(model) + 2) * activation_bytes
-    by_data = 2 * share(data) * parameters / fsdp * 4
-    by_tensor = 2 * share(tensor) * 2 * _passes(model) * model.num_layers * tokens * model.d_model * activation_bytes
-    width = 2 * math.ceil(model.num_kv_heads / tensor) * model.head_dim
-    by_context = share(context) * context * _passes(model) * model.num_layers * tokens * width * activation_bytes
-    slow = by_data if train.mesh.num_slices > 1 else 0.0
-    fast = by_fsdp + by_tensor + by_context + (by_data - slow)
-    return fast / chip.link_bytes_per_second + slow / BETWEEN_SLICES_BYTES_PER_SECOND
+def _interconnect_seconds(sent: dict[str, float], train: TrainConfig, chip: Chip) -> float:
+    """Seconds a device spends sending in a step if nothing overlaps; with slices, the data axis goes between them."""
+    slow = sent["data"] if train.mesh.num_slices > 1 else 0.0
+    return (sum(sent.values()) - slow) / chip.link_bytes_per_second + slow / BETWEEN_SLICES_BYTES_PER_SECOND

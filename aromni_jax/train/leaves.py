@@ -61,7 +61,12 @@ def _checksum(array: jax.Array) -> jax.Array:
 @jax.jit
 def array_checksums(arrays: list[jax.Array]) -> jax.Array:
     """One uint32 per array [number of arrays], on the devices."""
-    return jnp.stack([_checksum(array) for array in arrays])
+    return jnp.stack([_checksum(on_device(array)) for array in arrays])
+
+
+def on_device(array: jax.Array) -> jax.Array:
+    """Inside jit: `array` on the device, also where it lives in the memory of the host (`optimizer.offload`)."""
+    return jax.device_put(array, jax.memory.Space.Device)
 
 
 def checksums(named: dict[str, Any]) -> dict[str, int]:

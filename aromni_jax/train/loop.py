@@ -186,7 +186,7 @@ class TrainLoop:
         self._started = started
         self._pending: list[_Pending] = []
         self._is_first = True
-        self._save_stall_seconds = 0.0
+        self._save_stall_seconds = self._lost_seconds = 0.0
         self._start_facts = dict(start_facts or {})
         self._num_bad_in_a_row = 0
 
@@ -248,6 +248,7 @@ class TrainLoop:
         start = time.monotonic()
         local_batch = next(self._batches, None)  # type: ignore[call-overload]
         wait_seconds = time.monotonic() - start
+        self._lost_seconds += wait_seconds
         self._watchdog.enter("step")
         if local_batch is None:
             return None
@@ -272,7 +273,7 @@ class TrainLoop:
             self._watchdog.enter("save")
             start = time.monotonic()
             done.snapshot = self._checkpointer.snapshot(state)
-            self._save_stall_seconds += time.monotonic() - start
+            self._count_stall(time.monotonic() - start)
             self._watchdog.enter("step")
             if not self._pending:
                 self._write(done)
@@ -291,11 +292,15 @@ class TrainLoop:
             done.step, done.snapshot, facts, tell, is_shared=done.is_shared, is_local=done.is_local
         )
         done.snapshot = None
-        self._save_stall_seconds += time.monotonic() - start
+        self._count_stall(time.monotonic() - start)
+
+    def _count_stall(self, seconds: float) -> None:
+        self._save_stall_seconds += seconds
+        self._lost_seconds += seconds
 
     def _restart_clock(self) -> None:
         self._clock = time.monotonic()
-        self._step_seconds = self._wait_seconds = self._save_stall_seconds = 0.0
+        self._step_seconds = self._wait_seconds = self._save_stall_seconds = self._lost_seconds = 0.0
         self._num_timed_steps = 0
 
     def _record(self, keep: int) -> None:
@@ -314,7 +319,9 @@ class TrainLoop:
             if self._is_first:
                 self._report_first_step(now - self._started)
             self._watchdog.step_done(done.step, step_seconds, done.wait_seconds, step_seconds - (now - start))
+            lost_seconds, self._lost_seconds = self._lost_seconds, 0.0
             if is_good:
+                self._window.goodput.productive_seconds += step_seconds - lost_seconds
                 self._num_bad_in_a_row = 0
             else:
                 self._report_bad_step(done.step)
@@ -341,6 +348,7 @@ class TrainLoop:
             "data_wait_seconds": self._wait_seconds / num_steps,
             "save_stall_seconds": self._save_stall_seconds,
             "mfu": mfu,
+            "goodput": self._window.goodput.share(),
         }
         # Only the first line of a start has these.
         line |= self._start_facts

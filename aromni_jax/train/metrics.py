@@ -6,9 +6,11 @@ in the middle of a window writes, after resuming, the very line an uninterrupted
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +31,7 @@ TIMING_KEYS = frozenset(
         "restore_seconds",
         "restored_bytes",
         "mfu",
+        "goodput",
     }
 )
 """Keys of a line that depend on the machine and the moment. Every other key is a function of config and data: after a
@@ -61,6 +64,23 @@ def deterministic(line: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key not in TIMING_KEYS}
 
 
+@dataclasses.dataclass
+class Goodput:
+    """Seconds of a run, over all its starts, and how many of them made steps that it kept.
+
+    Every checkpoint carries the productive seconds up to its step. What a crash threw away is missing from them after
+    the restart, and is part of the time that has passed since `first_start` (`time.time()`), like compiling, restoring,
+    evaluating, saving, waiting for data, steps that were not finite, and the time in which nothing ran.
+    """
+
+    productive_seconds: float = 0.0
+    first_start: float = dataclasses.field(default_factory=lambda: time.time())
+
+    def share(self) -> float:
+        """Productive seconds by all seconds since the first start."""
+        return self.productive_seconds / max(time.time() - self.first_start, self.productive_seconds, 1e-9)
+
+
 _WEIGHTED = ("next_token", "z_loss", "perceptual", "modality", "task", "accuracy")
 
 
@@ -76,6 +96,7 @@ class MetricsWindow:
     """
 
     def __init__(self) -> None:
+        self.goodput = Goodput()
         self.tokens_seen = 0
         self.skipped_steps = 0
         self._reset()
@@ -171,6 +192,7 @@ class MetricsWindow:
     def to_json(self) -> dict[str, Any]:
         """For the checkpoint: JSON writes a float64 so that it reads back bit by bit."""
         return {
+            "goodput": dataclasses.asdict(self.goodput),
             "tokens_seen": self.tokens_seen,
             "skipped_steps": self.skipped_steps,
             "num_steps": self._num_steps,
@@ -183,6 +205,8 @@ class MetricsWindow:
     def from_json(cls, saved: dict[str, Any]) -> MetricsWindow:
         """Inverse of `to_json`."""
         window = cls()
+        if "goodput" in saved:  # not in checkpoints of before it was counted
+            window.goodput = Goodput(**saved["goodput"])
         window.tokens_seen = saved["tokens_seen"]
         window.skipped_steps = saved["skipped_steps"]
         window._num_steps = saved["num_steps"]

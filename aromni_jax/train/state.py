@@ -15,6 +15,7 @@ from aromni_jax.arrays import PyTree
 from aromni_jax.config import TrainConfig
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.decoder import Decoder
+from aromni_jax.train import update
 
 Frozen = dict[str, Any]
 """Arrays that training reads and never changes: {"image_codebook": [C, E]} or {}."""
@@ -23,28 +24,41 @@ Frozen = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """`step` counts batches seen, bad ones included; `skipped_steps` the bad ones. `ema` is {} where none is kept."""
+    """`step` counts batches seen, bad ones included; `skipped_steps` the bad ones.
+
+    `params` are what the model computes with. `master` is their float32 original where `params` are bfloat16 and
+    `optimizer.master_weights` asks for it, `ema` the moving average in float32; {} where none is kept.
+    """
 
     step: jax.Array
     params: PyTree
     opt_state: PyTree
+    master: PyTree
     ema: PyTree
     rng: jax.Array
     frozen: Frozen
     skipped_steps: jax.Array
 
 
+def keeps_master(model: ModelConfig, train: TrainConfig) -> bool:
+    """Whether the state of this run has a float32 original of its parameters beside them."""
+    return train.optimizer.master_weights and model.param_dtype != "float32"
+
+
 def _boxed_state(model: ModelConfig, train: TrainConfig, frozen: Frozen) -> TrainState:
     key = jax.random.PRNGKey(train.seed)
     init_key, run_key = jax.random.split(key)
     ids_BL = jnp.zeros((1, 2), jnp.int32)
-    params = Decoder(model).init(init_key, ids_BL, ids_BL, ids_BL)["params"]
+    # Drawn in float32 whatever `param_dtype` is: the rounded values of one and the same start.
+    decoder = Decoder(dataclasses.replace(model, param_dtype="float32"))
+    weights = decoder.init(init_key, ids_BL, ids_BL, ids_BL)["params"]
     # Copies, because donation forbids two leaves in one buffer.
-    ema = jax.tree.map(jnp.copy, params) if train.optimizer.ema_decay else {}
+    ema = jax.tree.map(jnp.copy, weights) if train.optimizer.ema_decay else {}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optim.make_optimizer(train.optimizer).init(params),
+        params=jax.tree.map(lambda w: w.astype(model.param_dtype), weights),
+        opt_state=optim.make_optimizer(train.optimizer).init(weights),
+        master=weights if keeps_master(model, train) else {},
         ema=ema,
         rng=run_key,
         frozen=jax.tree.map(jnp.asarray, frozen),
@@ -55,10 +69,11 @@ def _boxed_state(model: ModelConfig, train: TrainConfig, frozen: Frozen) -> Trai
 def abstract_state(model: ModelConfig, train: TrainConfig, mesh: Mesh, frozen: Frozen | None = None) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s with shardings: for compiling ahead of time and for restoring.
 
-    `frozen` may hold arrays or ShapeDtypeStructs.
+    `frozen` may hold arrays or ShapeDtypeStructs. With `optimizer.offload`, what only the update reads is placed in
+    host memory (`update.is_offloaded`).
 
     Raises:
-      ValueError: a dimension the mesh does not divide, or a large array it leaves whole.
+      ValueError: a dimension the mesh does not divide, a large array it leaves whole, or devices without host memory.
     """
     frozen_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen or {})
     boxed = jax.eval_shape(lambda f: _boxed_state(model, train, f), frozen_shapes)
@@ -67,7 +82,23 @@ def abstract_state(model: ModelConfig, train: TrainConfig, mesh: Mesh, frozen: F
     partitioning.check_large_arrays_are_sharded(
         (shapes.params, shapes.opt_state), (placement.params, placement.opt_state), mesh
     )
+    if train.optimizer.offload:
+        _check_host_memory(mesh)
+        placement = jax.tree_util.tree_map_with_path(
+            lambda path, s: s.with_memory_kind(update.HOST) if update.is_offloaded(path) else s, placement
+        )
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placement)
+
+
+def _check_host_memory(mesh: Mesh) -> None:
+    device = mesh.devices.flat[0]
+    try:
+        device.memory(update.HOST)
+    except Exception as error:
+        raise ValueError(
+            f"optimizer.offload needs devices that reach {update.HOST} memory, and {device.device_kind} does not; set "
+            "it to False"
+        ) from error
 
 
 def init_state(model: ModelConfig, train: TrainConfig, mesh: Mesh, frozen: Frozen | None = None) -> TrainState:

@@ -18,8 +18,10 @@ from aromni_jax.arrays import PyTree
 from aromni_jax.config import LossConfig, TrainConfig
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.decoder import Decoder
+from aromni_jax.models.gradient_order import gradients_together
 from aromni_jax.structs import PackedBatch, WeightedSum
 from aromni_jax.train.state import Frozen, TrainState, abstract_state, state_shardings
+from aromni_jax.train.update import Updated, as_float32, make_update, streamed
 from aromni_jax.vocab import JointVocab
 
 StepMetrics = dict[str, Any]
@@ -29,6 +31,9 @@ loss weights), `z_loss`, `perceptual`, and over targets that count `modality` [3
 `num_tokens`, `num_pairs` (real tokens and attended query-key pairs, for `train_flops`), `num_rows_tokens` (padding
 included). Scalars of a training step: `loss`, `grad_norm`, `learning_rate`, `is_finite`."""
 
+_AFTER_LAYERS = ("unembedding", "perceptual_head")
+"""Parameters that meet the last hidden states."""
+
 
 def _terms(
     decoder: Decoder, loss: LossConfig, vocab: JointVocab, params: PyTree, frozen: Frozen, batch: PackedBatch
@@ -36,6 +41,8 @@ def _terms(
     """Next-token sums and the perceptual (sum, weight) of one microbatch."""
     cast = {"params": cast_matrices(decoder.config, params)}
     hidden_BLD: Any = decoder.apply(cast, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
+    hidden_BLD, last = gradients_together(hidden_BLD, {name: params[name] for name in _AFTER_LAYERS if name in params})
+    params = params | last
     next_token = losses.next_token_loss(
         hidden_BLD, params["unembedding"], batch, valid_mask_V=vocab.valid_mask_V, chunk_tokens=loss.chunk_tokens
     )
@@ -155,27 +162,23 @@ def make_train_step(
     _check(model, train, mesh, vocab, frozen)
 
     def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, StepMetrics]:
-        value, gradients, metrics = loss_and_gradients(model, train, vocab, state.params, state.frozen, batch)
+        # Gradients of float32 values, also where these are rounded: an embedding sums those of all its tokens.
+        params = as_float32(state.params)
+        value, gradients, metrics = loss_and_gradients(model, train, vocab, params, state.frozen, batch)
         norm = optim.global_norm(gradients)
         is_finite = jnp.isfinite(value) & jnp.isfinite(norm)
         rate = schedule(state.step)
         gradients = optim.clip_by_norm(gradients, norm, train.optimizer.clip_norm)
-        direction, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), state.params, direction)
-        ema = optim.update_average(state.ema, params, train.optimizer.ema_decay)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old),
-            (params, opt_state, ema),
-            (state.params, state.opt_state, state.ema),
-        )
+        update = make_update(optimizer, train.optimizer.ema_decay, rate, is_finite)
+        if train.optimizer.offload:
+            update = streamed(update)
+        updated = update(Updated(state.params, state.opt_state, state.master, state.ema), gradients)
         new_state = TrainState(
             step=state.step + 1,
-            params=kept[0],
-            opt_state=kept[1],
-            ema=kept[2],
             rng=state.rng,
             frozen=state.frozen,
             skipped_steps=state.skipped_steps + ~is_finite,
+            **updated._asdict(),
         )
         scalars = {"loss": value, "grad_norm": norm, "learning_rate": rate, "is_finite": is_finite}
         return new_state, metrics | scalars

@@ -7,12 +7,14 @@ late. A dead process is noticed by jax's own heartbeats (`--heartbeat_timeout_se
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import faulthandler
 import json
 import logging
 import os
 import pathlib
+import signal
 import socket
 import statistics
 import sys
@@ -26,6 +28,13 @@ log = logging.getLogger(__name__)
 
 EXIT_TRY_AGAIN = 75
 """Exit status of a process that hung or lost another one (EX_TEMPFAIL): start the whole run again, it will go on."""
+
+EXIT_UNEXPECTED = 70
+"""Exit status after an error that no user can cause as far as we know (EX_SOFTWARE): a bug, memory, a broken machine.
+Starting again may help, so launchers do, a number of times; never after 1 and 2, errors of the user."""
+
+EXIT_HELD = int(signal.SIGALRM)
+"""Exit status of a process whose watchdog could not run, because something held the interpreter: 14. Start again."""
 
 LONG_PHASES = ("start", "compile", "evaluate", "save")
 LONG_FACTOR = 6
@@ -93,6 +102,30 @@ def describe_stragglers(beats: list[tuple[float, Heartbeat]], every_seconds: flo
     return lines
 
 
+class _Alarm:
+    """Ends the process with `EXIT_HELD` and the stacks of all threads, unless it is set again in time.
+
+    It needs no Python to run: the kernel's timer, and a handler that is `_exit` of the C library itself (it is called
+    with the number of the signal). `faulthandler` could end the process too, but only with the status 1 of a user's
+    error, which nobody restarts.
+    """
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
+        self._libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+        self._libc.signal.restype = ctypes.c_void_p
+        self._before = self._libc.signal(signal.SIGALRM, ctypes.cast(self._libc._exit, ctypes.c_void_p))
+        faulthandler.register(signal.SIGALRM, file=sys.__stderr__ or 2, all_threads=True, chain=True)
+
+    def set(self, seconds: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def close(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.unregister(signal.SIGALRM)
+        self._libc.signal(signal.SIGALRM, self._before)
+
+
 class Watchdog:
     """Watches one process of a run; a context manager. `seconds` is how long a step may take (0: watches nothing).
 
@@ -129,6 +162,8 @@ class Watchdog:
                 for path in self._folder.glob("[0-9]*.json"):
                     if int(path.stem) >= self._num_processes:
                         path.unlink(missing_ok=True)
+            self._alarm = _Alarm()
+            self._set_alarm()
             self._thread.start()
         return self
 
@@ -136,7 +171,7 @@ class Watchdog:
         if self._seconds:
             self._ending.set()
             self._thread.join()
-            faulthandler.cancel_dump_traceback_later()
+            self._alarm.close()
 
     def enter(self, phase: str) -> None:
         """The loop begins something else: the clock starts anew."""
@@ -169,8 +204,7 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             self._beat()
-            # Ends the process with status 1 if this thread itself cannot run, because something holds the interpreter.
-            faulthandler.dump_traceback_later(LONG_FACTOR * self._seconds + 4 * self._every, exit=True)
+            self._set_alarm()
             quiet_seconds = time.monotonic() - self._since
             if quiet_seconds > self._seconds * (LONG_FACTOR if self._phase in LONG_PHASES else 1):
                 self._give_up(quiet_seconds)
@@ -181,6 +215,10 @@ class Watchdog:
                     log.warning("%s", line)
             if self._ending.wait(self._every):
                 return
+
+    def _set_alarm(self) -> None:
+        # Later than this thread would act.
+        self._alarm.set(LONG_FACTOR * self._seconds + 4 * self._every)
 
     def _beat(self) -> None:
         try:

@@ -1,7 +1,7 @@
 """The folder of one run: may we write there, does it belong to this config, and files that are never half written.
 
 A workdir holds `config.json` (resolved), `tokenizers/` (at least `vocab.json`), `metrics.jsonl`, `evaluations.jsonl`,
-`checkpoints/`, `heartbeats/` (`train.watchdog`) and TensorBoard events; with a local tier also `run_id`.
+`checkpoints/`, `heartbeats/` (`train.watchdog`), `first_start` and TensorBoard events; with a local tier also `run_id`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 CHECKPOINTS = "checkpoints"
 HEARTBEATS = "heartbeats"
+FIRST_START = "first_start"
 TOKENIZERS = "tokenizers"
 RUN_ID_FILE = "run_id"
 RUN_ID_BYTES = 8
@@ -35,6 +36,7 @@ MAY_CHANGE = (
     "watchdog_seconds",
     "mesh",
     "checkpoint",
+    "optimizer.offload",
     "data.mixture",
     "data.weight_unit",
     "data.temperature",
@@ -117,6 +119,14 @@ def run_id(path: pathlib.Path) -> str:
     if not file.exists():
         write_text(file, os.urandom(RUN_ID_BYTES).hex() + "\n")
     return file.read_text(encoding="utf-8").strip()
+
+
+def first_start(path: pathlib.Path, this_start: float) -> float:
+    """`time.time()` of the first start of the run in this folder, which that start writes down by asking here."""
+    file = path / FIRST_START
+    if not file.exists():
+        write_text(file, f"{this_start}\n")
+    return float(file.read_text(encoding="utf-8"))
 
 
 def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -249,3 +249,18 @@ def test_a_new_run_can_start_from_the_weights_of_another(on_eight, tmp_path):
     for path, leaf in named_leaves(finished.state.params).items():
         np.testing.assert_array_equal(leaf, named_leaves(result.state.params)[path], err_msg=path)
     assert result.step == 1
+
+
+@pytest.mark.slow
+def test_rounded_weights_that_start_from_exact_ones_keep_them_as_their_master(on_eight, tmp_path):
+    finished, _ = on_eight
+    optimizer = {"learning_rate": 0.0, "warmup_steps": 0, "ema_decay": 0.5, "offload": True}
+    changes = {"init_from": str(finished.workdir), "total_steps": 1, "optimizer": optimizer}
+    model = {"size": "debug", "param_dtype": "bfloat16"}
+    config = dataclasses.replace(debug_config(**changes), model=model)
+    state = run_training(config, tmp_path / "run", with_progress=False).state
+    for path, leaf in named_leaves(finished.state.params).items():
+        np.testing.assert_array_equal(leaf, named_leaves(state.master)[path], err_msg=path)
+        np.testing.assert_array_equal(leaf, named_leaves(state.ema)[path], err_msg=path)
+        np.testing.assert_array_equal(leaf.astype("bfloat16"), named_leaves(state.params)[path], err_msg=path)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.ema)} == {"pinned_host"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aromni_jax.peers.wavtokenizer import SMALL, WavTokenizerTorch
-from launch import bench, bench_checkpoint, cli
+from launch import bench_checkpoint, bench_tokenizer, cli
 
 
 def test_sides_take_turns_and_the_table_has_the_fixed_keys(tmp_path, monkeypatch, capsys):
@@ -27,8 +27,10 @@ def test_sides_take_turns_and_the_table_has_the_fixed_keys(tmp_path, monkeypatch
         def __exit__(self, *_):
             return None
 
-    monkeypatch.setattr(bench, "_ask", ask)
-    monkeypatch.setattr(bench, "_worker", lambda side, family, items, directory, cores: Worker((side, directory)))
+    monkeypatch.setattr(bench_tokenizer, "ask", ask)
+    monkeypatch.setattr(
+        bench_tokenizer, "_worker", lambda side, family, items, directory, cores: Worker((side, directory))
+    )
     path = tmp_path / "bench.json"
     assert cli.run("bench", ["tokenizer", "--family=encodec", "--repeats=2", f"--json={path}"]) == 0
     sides = [worker[0] for worker, question in asked if question == "encode"]

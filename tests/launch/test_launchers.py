@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import yaml
 
+from aromni_jax.train.watchdog import EXIT_HELD, EXIT_TRY_AGAIN, EXIT_UNEXPECTED
 from launch import cli
 from launch.flags import load_config
 from tests.fixtures.source_tree import ROOT
@@ -20,7 +21,16 @@ TRAIN = [
     "--config.data.mixture={'a': {'path': \"x y\"}}",
     "--workdir=/w/$x",
 ]
-WHERE = {"launch/tpu_vm.sh": ["name", "zone", "--"], "launch/gke.sh": ["my-run", "--"], "launch/slurm.sbatch": []}
+WHERE = {
+    "launch/tpu_vm.sh": ["name", "zone", "--"],
+    "launch/gke.sh": ["my-run", "--"],
+    "launch/xpk.sh": ["my-run", "--"],
+    "launch/slurm.sbatch": [],
+}
+
+
+RESTARTED = (EXIT_HELD, EXIT_UNEXPECTED, EXIT_TRY_AGAIN)
+"""Exit statuses of ours after which a launcher starts the run again."""
 
 
 def bash(*words: str, expected: int = 0, **variables: str) -> str:
@@ -49,7 +59,10 @@ def test_slurm():
     assert {"nodes", "ntasks-per-node", "signal", "requeue", "open-mode"} <= set(directives)
 
 
-@pytest.mark.parametrize(("status", "is_again"), [(0, False), (1, False), (2, False), (75, True), (134, True)])
+@pytest.mark.parametrize(
+    ("status", "is_again"),
+    [(0, False), (1, False), (2, False), *((status, True) for status in RESTARTED), (134, True)],
+)
 def test_slurm_queues_again_what_may_go_on(tmp_path, status, is_again):
     for name, body in (("srun", f"exit {status}"), ("scontrol", f'echo "$@" > {tmp_path}/again')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -59,6 +72,17 @@ def test_slurm_queues_again_what_may_go_on(tmp_path, status, is_again):
     assert (tmp_path / "again").exists() == is_again
     if is_again:
         assert (tmp_path / "again").read_text() == "requeue 7\n"
+
+
+def test_slurm_gives_up_after_so_many_tries(tmp_path):
+    for name, body in (("srun", "exit 70"), ("scontrol", f"touch {tmp_path}/again")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "TRIES": "3"}
+    said = bash("launch/slurm.sbatch", *TRAIN, expected=70, SLURM_RESTART_COUNT="2", **variables)
+    assert "status 70 (try 3 of 3): not queued again" in said and not (tmp_path / "again").exists()
+    said = bash("launch/slurm.sbatch", *TRAIN, expected=70, SLURM_RESTART_COUNT="1", **variables)
+    assert "status 70 (try 2 of 3): queued again" in said and (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(
@@ -113,6 +137,21 @@ def test_gke_jobset():
     assert parse([*container["command"], *container["args"]]) == TRAIN
 
 
+def test_xpk():
+    places = {"IMAGE": "registry/aromni:1", "CLUSTER": "mine", "TPU_TYPE": "v6e-256", "SLICES": "2", "ZONE": "z"}
+    words = shlex.split(bash("launch/xpk.sh", "--dry-run", *WHERE["launch/xpk.sh"], *TRAIN, **places))
+    assert words[:3] == ["xpk", "workload", "create"]
+    options = dict(word.removeprefix("--").split("=", 1) for word in words[3:])
+    assert (
+        options["workload"] == "my-run" and options["cluster"] == "mine" and options["docker-image"] == places["IMAGE"]
+    )
+    assert (options["tpu-type"], options["num-slices"], options["zone"]) == ("v6e-256", "2", "z")
+    assert options["restart-on-exit-codes"] == ",".join(map(str, sorted(RESTARTED))) and int(options["max-restarts"])
+    assert "project" not in options
+    # XPK hands the command to bash.
+    assert parse(bash("-c", f"printf '%s\n' {options['command']}").splitlines()) == TRAIN
+
+
 @pytest.mark.parametrize("script", WHERE)
 def test_a_launcher_without_a_command_says_how_it_is_used(script):
     assert f"{script} [--dry-run]" in bash(script, "--dry-run", *WHERE[script], expected=2)
@@ -128,12 +167,26 @@ def test_the_image_copies_what_is_there_and_installs_extras_that_exist():
     assert 'ENTRYPOINT ["aromni"]' in text
 
 
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("mend it"), 1), (RuntimeError("RESOURCE_EXHAUSTED"), EXIT_UNEXPECTED)]
+)
+def test_only_errors_that_a_user_can_mend_have_the_status_that_is_not_restarted(monkeypatch, capsys, error, status):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr("launch.train.main", fail)
+    assert cli.run("train", TRAIN[1:]) == status
+    assert capsys.readouterr().err.splitlines()[-1].startswith("aromni train: error: ")
+
+
 @pytest.mark.parametrize("page", ["README.md", *WHERE])
 def test_lines_shown_are_taken_by_the_scripts(page):
     text = (ROOT / page).read_text().replace("\\\n#", "")
     found = []
     for line in text.splitlines():
-        shown = re.search(r"(?:bash|sbatch --nodes=16) (launch/(?:tpu_vm\.sh|gke\.sh|slurm\.sbatch)) (.*)", line)
+        shown = re.search(
+            r"(?:bash|sbatch --nodes=16) (launch/(?:tpu_vm\.sh|gke\.sh|xpk\.sh|slurm\.sbatch)) (.*)", line
+        )
         if shown and "..." not in line and "usage" not in line:
             found.append((shown[1], shlex.split(shown[2], comments=True)))
     assert found

@@ -28,6 +28,7 @@ TRAINING = {
         "debug,weighting=balanced",
     ),
     "sft": SIZES,
+    "bench": ("",),
 }
 OTHER = {
     "pretokenize": {"train": PretokenizeConfig, "heldout": PretokenizeConfig},

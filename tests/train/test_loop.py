@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -25,7 +26,7 @@ from aromni_jax.config import (
 )
 from aromni_jax.structs import Modality, Task, WeightedSum
 from aromni_jax.train import loop as loops
-from aromni_jax.train import saved
+from aromni_jax.train import metrics, saved
 from aromni_jax.train.checkpoint import Checkpointer, RunFacts
 from aromni_jax.train.loop import TrainLoop
 from aromni_jax.train.metrics import MetricsWindow, deterministic
@@ -262,8 +263,6 @@ def test_lines_after_the_checkpoint_are_written_again(tmp_path):
     for folder in (whole, cut):
         folder.mkdir()
         train(folder)
-    import shutil
-
     for step in ("8", "10"):
         shutil.rmtree(cut / "checkpoints" / step)
     text = (cut / "metrics.jsonl").read_text()
@@ -345,3 +344,109 @@ def test_a_start_says_how_long_its_first_step_took_and_every_line_how_long_savin
     assert not any("first_step_seconds" in line for line in lines[1:])
     # Saves after steps 4 and 8 belong to the lines of 6 and 9.
     assert [line["save_stall_seconds"] > 0 for line in lines] == [False, True, True, False]
+
+
+class Clock:
+    """Time that passes only where a test says so; stands in for the module `time`."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        self.monotonic = self.time = lambda: self.now
+        monkeypatch.setattr(loops, "time", self)
+        monkeypatch.setattr(metrics, "time", self)
+
+    def passes(self, seconds):
+        self.now += seconds
+
+
+class TimedStep:
+    """Compiles for 100 s and runs for 2."""
+
+    def __init__(self, clock):
+        self._clock = clock
+
+    def lower(self, *_):
+        return self
+
+    def compile(self):
+        self._clock.passes(100)
+        return self
+
+    def memory_analysis(self):
+        return None
+
+    def __call__(self, state, batch):
+        self._clock.passes(2)
+        return toy_step(state, batch)
+
+
+class TimedBatches(CountedBatches):
+    """Each batch is waited for for 1 s."""
+
+    def __init__(self, clock, bad=()):
+        super().__init__(bad)
+        self._clock = clock
+
+    def __next__(self):
+        self._clock.passes(1)
+        return super().__next__()
+
+
+class TimedSave(Hook):
+    """A save takes 10 s."""
+
+    def __init__(self, clock):
+        self._clock = clock
+
+    def on_save(self, step):
+        self._clock.passes(10)
+
+
+def timed_train(workdir, clock, bad=()):
+    def evaluate(state, step):
+        clock.passes(50)
+        return {}
+
+    train(
+        workdir,
+        config_of(
+            total_steps=6,
+            log_every_steps=2,
+            eval_every_steps=3,
+            checkpoint=CheckpointConfig(2, 5, 0, asynchronous=False),
+        ),
+        hooks=[TimedSave(clock)],
+        evaluate=evaluate,
+        step=TimedStep(clock),
+        batches=TimedBatches(clock, bad),
+    )
+    return [json.loads(line)["goodput"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_goodput_is_the_time_of_steps_by_all_time(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    shares = timed_train(tmp_path, clock)
+    # Six steps, a compilation, six batches, two evaluations, three saves.
+    assert clock.now == 6 * 2 + 100 + 6 * 1 + 2 * 50 + 3 * 10
+    # The last line is written before the evaluation and the save after the last step.
+    assert shares[-1] == pytest.approx(12 / (clock.now - 60))
+    # Metrics come one step late, and here a step is over as soon as it is asked for: three are, and four batches.
+    assert shares[0] == pytest.approx(6 / (100 + 6 + 4))
+
+
+def test_goodput_counts_what_a_crash_threw_away_and_the_time_until_the_restart_as_lost(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    timed_train(tmp_path, clock)
+    for step in ("4", "6"):
+        shutil.rmtree(tmp_path / "checkpoints" / step)
+    clock.passes(1000)
+    shares = timed_train(tmp_path, clock)
+    # Six steps, and the third a second time: it was over when the checkpoint of the second was written.
+    assert shares[-1] == pytest.approx(14 / (clock.now - 60))
+    assert len(shares) == 3
+
+
+def test_a_step_that_is_not_finite_is_not_productive(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    shares = timed_train(tmp_path, clock, bad=[5])
+    assert shares[-1] == pytest.approx(10 / (clock.now - 60))

@@ -124,11 +124,16 @@ def test_mesh_and_microbatches_together_do_not_change_gradients(reference):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"remat": name} for name in ("full", "nested", "offload", "offload_nested", "dots", "attention")]
-    + [{"scan_layers": False}],
+    [{"remat": name} for name in ("full", "offload", "dots", "attention")] + [{"scan_layers": False}],
 )
 def test_remat_and_unrolling_do_not_change_gradients(reference, changes):
     assert_same(reference, gradients_of(random_batch(0), model=model_config(**changes)))
+
+
+def test_saving_memory_on_a_mesh_does_not_change_gradients(reference):
+    model = model_config(remat="full", num_kv_heads=2)
+    mesh = MeshConfig(1, 2, 2, 2)
+    assert_same(reference, gradients_of(random_batch(0), mesh_config=mesh, num_devices=8, model=model))
 
 
 def test_documents_of_a_row_do_not_see_each_other():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import time
 import pytest
 
 from aromni_jax.train.watchdog import (
+    EXIT_HELD,
     EXIT_TRY_AGAIN,
     Heartbeat,
     Watchdog,
@@ -107,6 +109,34 @@ with Watchdog(pathlib.Path({str(tmp_path)!r}), 0.5, process=1, num_processes=2) 
         assert "in phase 'data' after step 12" in text
         assert "process 0 (host-0) in phase 'data' after step 11" in text
         assert "waits_for_data_that_never_comes" in text and "_give_up" in text, "stacks of both threads"
+
+
+def test_a_process_that_holds_the_interpreter_is_ended_with_a_status_that_is_restarted(tmp_path):
+    """`ctypes.PyDLL` calls C without letting go of the interpreter: no thread of Python runs any more."""
+    program = f"""
+import ctypes, pathlib
+from aromni_jax.train.watchdog import Watchdog
+def held_by_c():
+    ctypes.PyDLL(None).sleep(60)
+with Watchdog(pathlib.Path({str(tmp_path)!r}), 0.2) as watchdog:
+    held_by_c()
+"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == EXIT_HELD > 2, "launchers take 1 and 2 for errors of the user"
+    assert time.monotonic() - start < 40
+    assert "held_by_c" in done.stderr and "_watch" in done.stderr, "stacks of both threads"
+
+
+def test_the_alarm_is_put_back(tmp_path):
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        with Watchdog(tmp_path, 5.0):
+            wait_for(lambda: signal.getitimer(signal.ITIMER_REAL)[0] > 5)
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+        os.kill(os.getpid(), signal.SIGALRM)  # still ignored
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def test_an_end_in_time_leaves_no_thread(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from launch.bench_sides import answer_questions
 from launch.host_memory import keep_freed_memory
 
 Functions = tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
@@ -63,19 +64,20 @@ def main() -> None:
     os.sched_setaffinity(0, core_ids)
     batch = _inputs(family, int(items))
     encode, decode = _ours(family, directory) if side == "ours" else _peer(family, directory, len(core_ids))
-    for line in sys.stdin:
-        action = line.strip()
-        if action == "amount":
+
+    def answer(question: str) -> float:
+        if question == "amount":
             each = _CODES_PER_UTTERANCE / _CODE_HZ_HOP[family][0] if family in _CODE_HZ_HOP else 1
-            print(len(batch) * each, flush=True)
-            continue
+            return len(batch) * each
         # Both sides decode the peer's codes: a tie that went the other way is not a difference of decoders.
-        given = batch if action == "encode" else np.load(directory / "peer_encode.npy")
+        given = batch if question == "encode" else np.load(directory / "peer_encode.npy")
         start = time.perf_counter()
-        result = (encode if action == "encode" else decode)(given)
+        result = (encode if question == "encode" else decode)(given)
         seconds = time.perf_counter() - start
-        np.save(directory / f"{side}_{action}.npy", result)
-        print(seconds, flush=True)
+        np.save(directory / f"{side}_{question}.npy", result)
+        return seconds
+
+    answer_questions(answer)
 
 
 if __name__ == "__main__":

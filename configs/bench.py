@@ -1,0 +1,29 @@
+"""What `aromni bench train` measures where nothing else is said: a shape that two CPU cores step in seconds.
+
+aromni bench train
+aromni bench train --config=configs/pretrain.py:1b --config.global_batch_size=8      # a GPU
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs.common import train_defaults
+
+
+def get_config() -> ConfigDict:
+    """Eight layers 512 wide under the released vocabulary, four rows of 2048, two at a time, float32."""
+    config = train_defaults()
+    with config.ignore_type():
+        config.model = dict(
+            num_layers=8,
+            d_model=512,
+            num_heads=8,
+            num_kv_heads=8,
+            head_dim=64,
+            mlp_dim=1408,
+        )
+    config.global_batch_size = 4
+    config.sequence_length = 2048
+    config.gradient_accumulation_steps = 2  # half the memory: both sides live beside each other
+    return config
