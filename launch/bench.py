@@ -5,15 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from launch import bench_data, bench_decode, bench_tokenizer, bench_train
 from launch.flags import add_config_argument
+
+
+def _measure_checkpoints(args: argparse.Namespace) -> dict[str, Any]:
+    # Imported here, because it needs jax, and `--help` answers without.
+    from launch import bench_checkpoint
+
+    return bench_checkpoint.measure(args)
+
 
 _SUBJECTS = {
     "train": bench_train.measure,
     "decode": bench_decode.measure,
     "tokenizer": bench_tokenizer.measure,
     "data": bench_data.measure,
+    "checkpoint": _measure_checkpoints,
 }
 _CONFIGS = {"train": bench_train.DEFAULT_CONFIG, "decode": bench_decode.DEFAULT_CONFIG}
 """Subject -> the config it measures where `--config` says nothing; the others have none."""
@@ -29,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--family", choices=tuple(bench_tokenizer.ITEMS), action="append", help="tokenizer: only this one (repeatable)"
     )
+    parser.add_argument("--case", action="append", help="checkpoint: only quickstart, or only 100m")
     parser.add_argument("--data", default="", metavar="DIR", help="train, data: what to read (default: one is made)")
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
     parser.add_argument("--model", default="", metavar="DIR", help="decode: an export (default: random weights)")
