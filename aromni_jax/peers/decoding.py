@@ -36,7 +36,6 @@ class ChameleonGenerator:
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
             suppress_tokens=list(forbidden) or None,
-            pad_token_id=0,
         )
         answer_T: np.ndarray = made_BT[0, len(prompt_L) :].cpu().numpy()
         return answer_T
