@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from aromni_jax.arrays import IntArray, PyTree
-from aromni_jax.inference.grammar import GrammarState, GrammarTables, advance, allowed_tokens
+from aromni_jax.inference.grammar import GrammarState, GrammarTables, advance, allowed_tokens, note_seen, repeated
 from aromni_jax.inference.head import Spans, narrow_logits, shared_span
 from aromni_jax.inference.sampling import repetition_penalised, sample
 from aromni_jax.models.config import ModelConfig
@@ -32,7 +32,8 @@ class DecodeState:
     that read the answers but not the questions.
 
     `hidden_RD` is what the decoder made of the last token of each cached row, `place_R` where the next one goes;
-    `step_B` counts the tokens of each answer, `limit_B` is how many it may have, `tokens_BT` holds them.
+    `step_B` counts the tokens of each answer, `limit_B` is how many it may have, `tokens_BT` holds them; `seen_BV` is
+    when each token was last made (`grammar.note_seen`).
     """
 
     caches: Caches
@@ -42,7 +43,7 @@ class DecodeState:
     step_B: IntArray
     limit_B: IntArray
     keys_B: jax.Array
-    seen_BV: jax.Array
+    seen_BV: IntArray
     tokens_BT: IntArray
 
 
@@ -77,7 +78,7 @@ def begin(
         step_B=jnp.zeros(num_rows, jnp.int32),
         limit_B=jnp.asarray(limit_B),
         keys_B=keys_B,
-        seen_BV=jnp.zeros((num_rows, config.vocab_size), bool),
+        seen_BV=jnp.zeros((num_rows, config.vocab_size), jnp.int32),
         tokens_BT=jnp.zeros((num_rows, max_new_tokens), jnp.int32),
     )
 
@@ -139,15 +140,7 @@ def _emit(machine: Machine, params: PyTree, tables: GrammarTables, state: Decode
     if is_guided:
         guidance_B1, unasked_BV = tables.guidance_S[state_B][:, None], logits_RV[num_rows:]
         logits_BV = jnp.where(guidance_B1 == 1, logits_BV, unasked_BV + guidance_B1 * (logits_BV - unasked_BV))
-    logits_BV = repetition_penalised(logits_BV, state.seen_BV, tables.repetition_penalty_S[state_B])
-    chosen_B = sample(
-        logits_BV,
-        allowed_tokens(tables, state.grammar, state.limit_B - state.step_B),
-        jax.vmap(jax.random.fold_in)(state.keys_B, state.step_B),
-        temperature_B=tables.temperature_S[state_B],
-        top_k_B=tables.top_k_S[state_B],
-        top_p_B=tables.top_p_S[state_B],
-    )
+    chosen_B = choose(tables, state.grammar, logits_BV, state.seen_BV, state.step_B, state.limit_B, state.keys_B)
     rows_B = jnp.arange(num_rows)
     copies = 1 + is_guided
     live_R = jnp.tile(live_B, copies).astype(jnp.int32)
@@ -164,8 +157,31 @@ def _emit(machine: Machine, params: PyTree, tables: GrammarTables, state: Decode
         place_R=state.place_R + live_R,
         grammar=advance(tables, state.grammar, chosen_B),
         step_B=state.step_B + live_B,
-        seen_BV=state.seen_BV.at[rows_B, chosen_B].set(True),
+        seen_BV=note_seen(tables, state.seen_BV, chosen_B, state.step_B),
         tokens_BT=state.tokens_BT.at[rows_B, slot_B].set(chosen_B, mode="drop"),
+    )
+
+
+def choose(
+    tables: GrammarTables,
+    grammar: GrammarState,
+    logits_BV: jax.Array,
+    seen_BV: IntArray,
+    step_B: IntArray,
+    limit_B: IntArray,
+    keys_B: jax.Array,
+) -> IntArray:
+    """The next token of each row, as its state says; legal whatever the logits are."""
+    state_B = grammar.state_B
+    repeated_BV = repeated(tables, grammar, seen_BV, step_B)
+    return sample(
+        repetition_penalised(logits_BV, repeated_BV, tables.repetition_penalty_S[state_B]),
+        allowed_tokens(tables, grammar, limit_B - step_B),
+        jax.vmap(jax.random.fold_in)(keys_B, step_B),
+        temperature_B=tables.temperature_S[state_B],
+        top_k_B=tables.top_k_S[state_B],
+        top_p_B=tables.top_p_S[state_B],
+        min_p_B=tables.min_p_S[state_B],
     )
 
 

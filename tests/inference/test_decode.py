@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from aromni_jax.inference.decode import OmniModel, bucket_of, generate
-from aromni_jax.inference.grammar import Mode, compile_grammar, policy_for
+from aromni_jax.inference.grammar import compile_grammar
+from aromni_jax.inference.policy import DecodingConfig, Mode, policy_for
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.decoder import Decoder
 from aromni_jax.partitioning import unbox
@@ -52,7 +53,8 @@ def whole_logits(stacked: Any, tokens_BL: jax.Array) -> jax.Array:
 
 @pytest.fixture(scope="module")
 def grammar():
-    return compile_grammar(VOCAB, {task: policy_for(task, text=Mode(1.0, top_p=0.9)) for task in Task})
+    decoding = DecodingConfig(text=Mode(1.0, top_p=0.9))
+    return compile_grammar(VOCAB, {task: policy_for(task, decoding) for task in Task})
 
 
 def prompts_of(tasks: list[Task], seed: int = 0, longest: int = 25) -> list[Example]:

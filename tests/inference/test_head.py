@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aromni_jax.inference.grammar import compile_grammar, policy_for
+from aromni_jax.inference.grammar import compile_grammar
 from aromni_jax.inference.head import CONTROLS, WHOLE, narrow_logits, shared_span, spans_of
+from aromni_jax.inference.policy import policy_for
 from aromni_jax.structs import Task
 from aromni_jax.vocab import JointVocab
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from aromni_jax.inference import machine as machines
-from aromni_jax.inference.grammar import compile_grammar, policy_for
+from aromni_jax.inference.grammar import compile_grammar
 from aromni_jax.inference.machine import begin, decode_jitted, extend_jitted
+from aromni_jax.inference.policy import policy_for
 from aromni_jax.inference.sampling import row_keys
 from aromni_jax.structs import Task
 from tests.inference.test_decode import VOCAB, model, stacked, whole_logits  # noqa: F401  (fixtures)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from aromni_jax.inference.decode import generate
-from aromni_jax.inference.grammar import compile_grammar, policy_for
+from aromni_jax.inference.grammar import compile_grammar
+from aromni_jax.inference.policy import policy_for
 from aromni_jax.inference.streaming import LatencyClock, SpeechStream, stream_tokens
 from aromni_jax.structs import Modality, Task, TokenEvent
 from aromni_jax.tokenizers.shipped import shipped_directory
