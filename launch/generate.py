@@ -10,8 +10,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from launch.flags import add_config_argument, load_config
+
 if TYPE_CHECKING:
     from aromni_jax.inference.grammar import Grammar
+    from aromni_jax.inference.policy import DecodingConfig, Mode
     from aromni_jax.structs import Example, Message, Part, Task
     from launch.loading import LoadedModel
 
@@ -42,9 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is sampled (default: 0)")
     parser.add_argument("--max_text_tokens", type=int, default=256, metavar="N", help="longest text (default: 256)")
     parser.add_argument("--max_seconds", type=float, default=10.0, metavar="S", help="longest speech (default: 10)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="of pictures and chat (default: as released)")
-    parser.add_argument("--top_p", type=float, metavar="P", help="of pictures and chat (default: as released)")
-    parser.add_argument("--guidance", type=float, metavar="S", help="of pictures, 1 for none (default: as released)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="of pictures and chat (default: the config's)")
+    parser.add_argument("--top_p", type=float, metavar="P", help="of pictures and chat (default: the config's)")
+    parser.add_argument("--guidance", type=float, metavar="S", help="of pictures, 1 for none (default: the config's)")
+    add_config_argument(parser, "configs/decode.py")
+    parser.add_argument(
+        "--describe",
+        action="store_true",
+        help="answer nothing: print the decoding machine of TASK (of every task without one) and what is chosen how in "
+        "each of its states; the same in machine.txt and, drawn, in machine.svg",
+    )
     parser.add_argument(
         "--stream", action="store_true", help="print text and write sound as they are made, one request after the other"
     )
@@ -117,6 +127,10 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
 
 def main(args: argparse.Namespace) -> int:
     """Answers every request and writes the answers."""
+    if args.describe:
+        from launch.generate_describe import describe_machine
+
+        return describe_machine(args, read_decoding(args))
     requests = read_requests(args)
     from launch.loading import load_model
 
@@ -125,7 +139,8 @@ def main(args: argparse.Namespace) -> int:
     loaded_at = time.perf_counter()
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    asked = ask(loaded, requests, args)
+    decoding = read_decoding(args)
+    asked = ask(loaded, requests, args, decoding)
     latencies: list[dict[str, Any]] = [{} for _ in requests]
     if args.stream:
         from launch.generate_stream import stream_answers
@@ -145,6 +160,7 @@ def main(args: argparse.Namespace) -> int:
         name: getattr(args, name)
         for name in ("model", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p", "guidance")
     }
+    settings["decoding"] = dataclasses.asdict(decoding)
     result = {"settings": settings, "step": loaded.step, "seconds": seconds, "answers": lines}
     (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for line in lines:
@@ -161,22 +177,34 @@ class Asked:
     limits: dict[Task, int]
 
 
-def ask(loaded: LoadedModel, requests: list[Request], args: argparse.Namespace) -> Asked:
+def read_decoding(args: argparse.Namespace) -> DecodingConfig:
+    """How tokens are chosen: the config, then the flags that bear on pictures and open-ended text."""
+    from aromni_jax.config import from_mapping
+    from aromni_jax.inference.policy import DecodingConfig
+
+    def adjusted(mode: Mode, *names: str) -> Mode:
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        return dataclasses.replace(mode, **given)
+
+    config = from_mapping(DecodingConfig, load_config(args))
+    return dataclasses.replace(
+        config,
+        image=adjusted(config.image, "temperature", "top_p", "guidance"),
+        text=adjusted(config.text, "temperature", "top_p"),
+    )
+
+
+def ask(loaded: LoadedModel, requests: list[Request], args: argparse.Namespace, decoding: DecodingConfig) -> Asked:
     """Encodes the requests, media included, under the settings of the command line."""
-    from aromni_jax.inference import grammar
+    from aromni_jax.inference.grammar import compile_grammar
+    from aromni_jax.inference.policy import policy_for
     from aromni_jax.structs import Task
     from aromni_jax.tokenizers import joint
 
     vocab, bundle = loaded.model.vocab, loaded.bundle
 
-    def adjusted(mode: grammar.Mode, *names: str) -> grammar.Mode:
-        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        return dataclasses.replace(mode, **given)
-
     tasks = {request.task: Task.from_name(request.task) for request in requests}
-    image = adjusted(grammar.RELEASED_IMAGE, "temperature", "top_p", "guidance")
-    text = adjusted(grammar.RELEASED_TEXT, "temperature", "top_p")
-    policies = {task: grammar.policy_for(task, image=image, text=text) for task in tasks.values()}
+    policies = {task: policy_for(task, decoding) for task in tasks.values()}
     speech_tokens = 0
     if bundle.speech:
         speech_tokens = round(args.max_seconds * bundle.speech.codes_per_second) * len(vocab.speech)
@@ -187,7 +215,7 @@ def ask(loaded: LoadedModel, requests: list[Request], args: argparse.Namespace) 
         )
         for i, request in enumerate(requests)
     ]
-    return Asked(grammar.compile_grammar(vocab, policies), prompts, limits)
+    return Asked(compile_grammar(vocab, policies), prompts, limits)
 
 
 def answer(loaded: LoadedModel, asked: Asked, seed: int) -> list[tuple[Part, ...]]:
@@ -214,7 +242,7 @@ def _stem(index: int, request: Request) -> str:
 
 def _limit(task: Task, text_tokens: int, speech_tokens: int, image_tokens: int) -> int:
     """Most tokens of an answer: what its parts may take, and their delimiters."""
-    from aromni_jax.inference.grammar import MEDIA_DELIMITERS
+    from aromni_jax.inference.policy import MEDIA_DELIMITERS
     from aromni_jax.structs import Task
 
     if task == Task.TEXT_TO_SPEECH:

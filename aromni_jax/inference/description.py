@@ -64,7 +64,8 @@ def describe(grammar: Grammar, tasks: Collection[Task] | None = None) -> list[St
             moves.setdefault((place[int(next_SC[s, c])], when), []).append(int(c))
         described.append(
             StateDescription(
-                *grammar.state_names[s].split(": ", 1),
+                task=task_S[s],
+                name=grammar.state_names[s].removeprefix(f"{task_S[s]}: "),
                 kind=grammar.kinds[s],
                 mode=grammar.modes[s],
                 budget=None if budget == NEVER else budget,
@@ -87,31 +88,27 @@ def _span(ids: np.ndarray) -> str:
     return f"{ids[0]}..{ids[-1]}" if len(ids) > 1 else str(ids[0])
 
 
-def mode_text(mode: Mode) -> str:
-    """`sampled: temperature 1, top-p 0.96, guidance 3.07`; what does nothing is left out."""
-    words = [f"temperature {mode.temperature:g}"] if mode.temperature else []
-    if mode.temperature and mode.top_k:
-        words.append(f"top-k {mode.top_k}")
-    if mode.temperature and mode.top_p < 1:
-        words.append(f"top-p {mode.top_p:g}")
-    if mode.temperature and mode.min_p:
-        words.append(f"min-p {mode.min_p:g}")
+def mode_words(mode: Mode) -> list[str]:
+    """`sampled`, `temperature 1`, `top-p 0.96`, `guidance 3.07`; what does nothing is left out."""
+    words = ["greedy"]
+    if mode.temperature:
+        words = ["sampled", f"temperature {mode.temperature:g}"]
+        words += [f"top-k {mode.top_k}"] if mode.top_k else []
+        words += [f"top-p {mode.top_p:g}"] if mode.top_p < 1 else []
+        words += [f"min-p {mode.min_p:g}"] if mode.min_p else []
     if mode.repetition_penalty != 1:
-        words.append(f"repetition penalty {mode.repetition_penalty:g} in the {mode.repetition_scope}")
-    if mode.guidance != 1:
-        words.append(f"guidance {mode.guidance:g}")
-    return "; ".join(["sampled" if mode.temperature else "greedy", *([", ".join(words)] if words else [])])
+        words.append(f"repetition penalty {mode.repetition_penalty:g} ({mode.repetition_scope})")
+    return [*words, *([f"guidance {mode.guidance:g}"] if mode.guidance != 1 else [])]
 
 
 def as_table(states: list[StateDescription]) -> str:
     """A table of text: a line for each way on, the state and its settings on the first of its lines."""
     lines = [("state", "legal ids", "next state", "when", "budget", "how a token is chosen")]
     for state in states:
-        how = "" if state.kind == "done" else mode_text(state.mode)
+        how = "" if state.kind == "done" else ", ".join(mode_words(state.mode))
         first = (f"{state.task}: {state.name}", "" if state.budget is None else str(state.budget), how)
-        for move, (name, budget, settings) in zip(
-            state.moves, itertools.chain([first], itertools.repeat(("", "", "")))
-        ):
+        leads = itertools.chain([first], itertools.repeat(("", "", "")))
+        for move, (name, budget, settings) in zip(state.moves, leads, strict=False):
             ids = ", ".join(f"{kind} {span}" for kind, span in zip(move.names, move.ids, strict=True))
             when = move.when + (", forced" if move.is_forced else "")
             lines.append((name, ids, states[move.target].name, when, budget, settings))

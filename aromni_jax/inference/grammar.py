@@ -115,7 +115,7 @@ class _Builder:
 
     def policy(self, name: str, policy: Policy) -> int:
         """Adds the states of one policy and returns its start state."""
-        used = {part for options in (policy.start, *policy.after.values()) for part in options}
+        used = policy.parts
         if "image" in used and self.vocab.image is None:
             raise ValueError(f"{name} makes images, but this vocabulary has no image codes")
         if "speech" in used and not self.vocab.speech:

@@ -97,6 +97,11 @@ class Policy:
         if self.text_budget < 1 or self.speech_budget_frames < 1:
             raise ValueError("text_budget and speech_budget_frames must be at least 1")
 
+    @property
+    def parts(self) -> set[Part]:
+        """The kinds of segments that an answer may hold, and "end"."""
+        return {part for options in (self.start, *self.after.values()) for part in options}
+
 
 MEDIA_DELIMITERS = 3
 """Control tokens of an answer that is one picture or utterance: its beginning, its end, the end of the answer."""

@@ -73,7 +73,7 @@ def test_what_is_printed_is_what_decodes():
     assert moves == int(np.sum(np.asarray(grammar.tables.legal_SC | grammar.tables.legal_at_budget_SC)))
     chat = {state.name: state for state in describe(grammar, [Task.CHAT])}
     assert chat["text"].mode == DecodingConfig().text and chat["text"].budget == 512
-    assert "min-p 0.05, repetition penalty 1.1 in the segment" in as_table(list(chat.values()))
+    assert "min-p 0.05, repetition penalty 1.1 (segment)" in as_table(list(chat.values()))
 
 
 def test_released_layout_compiles():

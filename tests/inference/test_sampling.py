@@ -8,6 +8,8 @@ import numpy as np
 
 from aromni_jax.inference.sampling import nucleus_mask, repetition_penalised, row_keys, sample
 
+sample_jitted = jax.jit(sample)
+
 
 def sorted_reference(probs: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     """The textbook way: sort, cut after `top_k`, and after the first token that brings the mass to `top_p`."""
@@ -33,7 +35,7 @@ def test_nucleus_equals_sorting():
 def test_frequencies_follow_probabilities():
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     rows = 20_000
-    drawn = sample(
+    drawn = sample_jitted(
         jnp.tile(logits, (rows, 1)),
         jnp.ones((rows, 4), bool),
         row_keys(0, list(range(rows))),
@@ -58,11 +60,11 @@ def test_rows_keep_their_own_settings_and_keys():
         min_p_B=jnp.asarray(rng.choice([0.0, 0.1, 1.0], 64), jnp.float32),
     )
     keys = row_keys(3, list(range(64)))
-    whole = sample(logits, allowed, keys, **settings)
+    whole = sample_jitted(logits, allowed, keys, **settings)
     assert allowed[np.arange(64), whole].all()
     for row in range(0, 64, 7):
         part = slice(row, row + 1)
-        alone = sample(logits[part], allowed[part], keys[part], **{k: v[part] for k, v in settings.items()})
+        alone = sample_jitted(logits[part], allowed[part], keys[part], **{k: v[part] for k, v in settings.items()})
         assert int(alone[0]) == int(whole[row])
     greedy = np.asarray(settings["temperature_B"] == 0)
     best = np.where(allowed, logits, -np.inf).argmax(1)
@@ -80,7 +82,7 @@ def drawn_ids(logits, rows=4_000, **settings):
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
     given = {f"{name}_B": jnp.full(rows, value) for name, value in defaults.items()}
     logits_BV = jnp.tile(jnp.asarray(logits, jnp.float32), (rows, 1))
-    drawn = sample(logits_BV, jnp.ones_like(logits_BV, bool), row_keys(0, list(range(rows))), **given)
+    drawn = sample_jitted(logits_BV, jnp.ones_like(logits_BV, bool), row_keys(0, list(range(rows))), **given)
     return set(np.asarray(drawn).tolist())
 
 
