@@ -85,8 +85,13 @@ def sample(
         heat_B = jnp.where(temperature_B > 0, jnp.maximum(temperature_B, LOWEST_TEMPERATURE), 1.0)
         scaled_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / heat_B[:, None]
         probs_BV = jax.nn.softmax(scaled_BV, axis=-1)
-        kept_BV = nucleus_mask(probs_BV, top_k_B, top_p_B) & allowed_BV
-        kept_BV &= probs_BV >= min_p_B[:, None] * probs_BV.max(-1, keepdims=True)
+        # Only top-k and top-p need the search, which reads the whole vocabulary 31 times; min-p is one comparison.
+        kept_BV = jax.lax.cond(
+            jnp.any((temperature_B > 0) & ((top_k_B > 0) | (top_p_B < 1))),
+            lambda: nucleus_mask(probs_BV, top_k_B, top_p_B),
+            lambda: jnp.ones_like(allowed_BV),
+        )
+        kept_BV &= allowed_BV & (probs_BV >= min_p_B[:, None] * probs_BV.max(-1, keepdims=True))
         scaled_BV = jnp.where(kept_BV, scaled_BV, -jnp.inf)
         return jax.vmap(jax.random.categorical)(keys_B, scaled_BV)
 
