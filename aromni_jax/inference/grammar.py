@@ -9,7 +9,7 @@ decode step, so rows of different tasks and states decode together in one progra
 
 Three things make a row well formed by construction: `legal_SC` (what may follow), `budget_S` (an image holds exactly
 tokens-per-image codes, other segments at most their budget) and `cost_SC` (a token is legal only if the answer can
-still be closed in the tokens that remain, so no answer is cut short).
+still be closed in the tokens that remain, so no answer is cut short). `description` makes a page of it to read.
 """
 
 from __future__ import annotations
@@ -228,9 +228,7 @@ def compile_grammar(vocab: JointVocab, policies: Mapping[Task, Policy]) -> Gramm
         span_S=jnp.asarray(_spans(vocab, class_V, legal_SC | legal_at_budget_SC), jnp.int32),
     )
     shortest = {task: int(cost_S[state]) for task, state in starts.items()}
-    guided = frozenset(
-        task for task, p in policies.items() if any(m.guidance != 1 for m in (p.text, p.transcript, p.speech, p.image))
-    )
+    guided = frozenset(task for task, policy in policies.items() if policy.is_guided)
     return Grammar(
         tables,
         state_names=tuple(builder.states),

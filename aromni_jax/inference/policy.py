@@ -102,6 +102,12 @@ class Policy:
         """The kinds of segments that an answer may hold, and "end"."""
         return {part for options in (self.start, *self.after.values()) for part in options}
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether a segment that an answer may hold is made with guidance, which costs a second row for each."""
+        modes = {"text": self.text, "transcript": self.transcript, "speech": self.speech, "image": self.image}
+        return any(mode.guidance != 1 for part, mode in modes.items() if part in self.parts)
+
 
 MEDIA_DELIMITERS = 3
 """Control tokens of an answer that is one picture or utterance: its beginning, its end, the end of the answer."""

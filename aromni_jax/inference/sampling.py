@@ -91,7 +91,7 @@ def sample(
             lambda: nucleus_mask(probs_BV, top_k_B, top_p_B),
             lambda: jnp.ones_like(allowed_BV),
         )
-        kept_BV &= allowed_BV & (probs_BV >= min_p_B[:, None] * probs_BV.max(-1, keepdims=True))
+        kept_BV &= probs_BV >= min_p_B[:, None] * probs_BV.max(-1, keepdims=True)
         scaled_BV = jnp.where(kept_BV, scaled_BV, -jnp.inf)
         return jax.vmap(jax.random.categorical)(keys_B, scaled_BV)
 

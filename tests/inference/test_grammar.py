@@ -76,6 +76,14 @@ def test_what_is_printed_is_what_decodes():
     assert "min-p 0.05, repetition penalty 1.1 (segment)" in as_table(list(chat.values()))
 
 
+def test_only_tasks_that_make_pictures_pay_for_their_guidance():
+    pictures = {Task.TEXT_TO_IMAGE, Task.SPEECH_TO_IMAGE, Task.CHAT}
+    assert compile_grammar(VOCAB, {task: policy_for(task) for task in Task}).guided_tasks == pictures
+    unguided = DecodingConfig(image=Mode(1.0), text=Mode(1.0, guidance=2.0))
+    policies = {task: policy_for(task, unguided) for task in Task}
+    assert compile_grammar(VOCAB, policies).guided_tasks == {Task.TEXT, Task.CHAT}
+
+
 def test_released_layout_compiles():
     grammar = compile_grammar(JointVocab.released(), {task: policy_for(task) for task in Task})
     assert grammar.shortest_answers[Task.TEXT_TO_IMAGE] == 1024 + 3
