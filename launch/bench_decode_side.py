@@ -64,8 +64,9 @@ def _ours(directory: Path) -> Callable[[str], Any]:
     import jax
     import jax.numpy as jnp
 
-    from aromni_jax.inference.grammar import GREEDY, compile_grammar, policy_for
+    from aromni_jax.inference.grammar import compile_grammar
     from aromni_jax.inference.machine import begin, decode_jitted, extend_jitted
+    from aromni_jax.inference.policy import GREEDY, DecodingConfig, policy_for
     from aromni_jax.inference.sampling import row_keys
     from aromni_jax.inference.streaming import LatencyClock, SpeechStream, stream_tokens
     from aromni_jax.models.config import ModelConfig, num_parameters
@@ -74,7 +75,7 @@ def _ours(directory: Path) -> Callable[[str], Any]:
     model, bundle = _load(directory)
     config, vocab, machine = model.config, model.vocab, model.machine
     tasks = {"text": Task.TEXT} | ({"speech": Task.TEXT_TO_SPEECH} if vocab.speech else {})
-    grammar = compile_grammar(vocab, {task: policy_for(task, text=GREEDY) for task in tasks.values()})
+    grammar = compile_grammar(vocab, {task: policy_for(task, DecodingConfig(text=GREEDY)) for task in tasks.values()})
     prompt_L = _prompt(vocab.text.start, vocab.text.stop)
     room = 2 * ANSWER_TOKENS
     itemsize = jnp.dtype(config.dtype).itemsize

@@ -10,7 +10,8 @@ import pytest
 
 from aromni_jax.inference import machine as machines
 from aromni_jax.inference.decode import OmniModel, generate
-from aromni_jax.inference.grammar import GREEDY, compile_grammar, policy_for
+from aromni_jax.inference.grammar import compile_grammar
+from aromni_jax.inference.policy import GREEDY, DecodingConfig, policy_for
 from aromni_jax.inference.streaming import stream_tokens
 from aromni_jax.interop.chameleon import Provenance, TreeSource, export_chameleon
 from aromni_jax.peers.decoding import ChameleonGenerator
@@ -45,7 +46,7 @@ def prompts() -> list[Example]:
 def test_greedy_tokens_are_those_of_transformers(sides, way, monkeypatch):
     ours, theirs = sides
     vocab = ours.vocab
-    policy = dataclasses.replace(policy_for(Task.TEXT, text=GREEDY), text_budget=NUM_TOKENS)
+    policy = dataclasses.replace(policy_for(Task.TEXT, DecodingConfig(text=GREEDY)), text_budget=NUM_TOKENS)
     grammar = compile_grammar(vocab, {Task.TEXT: policy})
     text = np.arange(vocab.text.start, vocab.text.stop)
     if way == "prompt in chunks":
