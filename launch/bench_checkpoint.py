@@ -65,7 +65,7 @@ def _100m() -> Any:
     return config
 
 
-CASES = (Case("quickstart", _quickstart, 25, 6), Case("100m", _100m, 7, 3))
+CASES = (Case("quickstart", _quickstart, 50, 6), Case("100m", _100m, 7, 3))
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:

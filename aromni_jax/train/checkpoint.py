@@ -367,11 +367,16 @@ class Checkpointer:
 
 
 def _step_back() -> None:
-    """Gives this thread, and those it starts, a third of the weight of threads that compute (Linux): on a machine with
-    few cores a save then spreads over several steps instead of holding up one."""
+    """Lets threads that compute go before this one and those it starts (Linux).
+
+    Where the processors are the devices, it gets little more than they leave idle, so that a save spreads over several
+    steps instead of holding up one; when the loop waits for it, that is everything. Beside an accelerator it gets a
+    third of the weight of others, which may belong to somebody else's work.
+    """
     if sys.platform == "linux":
         thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 5))
+        more = 19 if jax.default_backend() == "cpu" else 5
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + more))
 
 
 def _meet_over_the_network() -> None:
