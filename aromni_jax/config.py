@@ -197,12 +197,25 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and what to keep: the newest `keep_last`, and every `keep_every_steps`-th for good (0: none)."""
+    """When to save and what to keep: the newest `keep_last`, and every `keep_every_steps`-th for good (0: none).
+
+    With a `local_directory`, a folder on a disk of every host, each process also writes what its devices hold there,
+    every `local_every_steps`. A restart of as many processes on the same mesh reads it where it is newer and whole.
+    """
 
     save_every_steps: int
     keep_last: int
     keep_every_steps: int
     asynchronous: bool
+    local_directory: str = ""
+    local_every_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.local_directory) != (self.local_every_steps > 0):
+            _fail(
+                "checkpoint.local_every_steps",
+                f"{self.local_every_steps} with local_directory {self.local_directory!r}; set both, or '' and 0",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,14 @@ def train_defaults() -> ConfigDict:
                 offload=False,
             ),
             mesh=dict(data=1, fsdp=-1, context=1, tensor=1, num_slices=1),
-            checkpoint=dict(save_every_steps=1_000, keep_last=2, keep_every_steps=0, asynchronous=True),
+            checkpoint=dict(
+                save_every_steps=1_000,
+                keep_last=2,
+                keep_every_steps=0,
+                asynchronous=True,
+                local_directory="",
+                local_every_steps=0,
+            ),
             loss=dict(
                 weighting="balanced",
                 perceptual_weight=1.0,

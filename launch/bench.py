@@ -5,11 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from launch import bench_data, bench_tokenizer, bench_train
+from launch import bench_data, bench_decode, bench_tokenizer, bench_train
 from launch.flags import add_config_argument
 
-_SUBJECTS = {"train": bench_train.measure, "tokenizer": bench_tokenizer.measure, "data": bench_data.measure}
+
+def _measure_checkpoints(args: argparse.Namespace) -> dict[str, Any]:
+    # Imported here, because it needs jax, and `--help` answers without.
+    from launch import bench_checkpoint
+
+    return bench_checkpoint.measure(args)
+
+
+_SUBJECTS = {
+    "train": bench_train.measure,
+    "decode": bench_decode.measure,
+    "tokenizer": bench_tokenizer.measure,
+    "data": bench_data.measure,
+    "checkpoint": _measure_checkpoints,
+}
+_CONFIGS = {"train": bench_train.DEFAULT_CONFIG, "decode": bench_decode.DEFAULT_CONFIG}
+"""Subject -> the config it measures where `--config` says nothing; the others have none."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,20 +34,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=tuple(_SUBJECTS))
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each side; the median counts")
     parser.add_argument(
-        "--num_cores", type=int, metavar="N", help="for each side, with as many threads (train: all, tokenizer: 1)"
+        "--num_cores", type=int, metavar="N", help="for each side, with as many threads (default: all; tokenizer: 1)"
     )
     parser.add_argument(
         "--family", choices=tuple(bench_tokenizer.ITEMS), action="append", help="tokenizer: only this one (repeatable)"
     )
+    parser.add_argument("--case", action="append", help="checkpoint: only quickstart, or only 100m")
     parser.add_argument("--data", default="", metavar="DIR", help="train, data: what to read (default: one is made)")
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
-    add_config_argument(parser, default=bench_train.DEFAULT_CONFIG)
+    parser.add_argument("--model", default="", metavar="DIR", help="decode: an export (default: random weights)")
+    add_config_argument(parser, default="")
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints the table of one subject; ValueError says what is missing."""
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, not {args.repeats}")
+    args.config = args.config or _CONFIGS.get(args.what, "")
     results = _SUBJECTS[args.what](args)
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

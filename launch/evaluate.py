@@ -109,7 +109,8 @@ def evaluate_model(
     """
     from aromni_jax.evaluation.runner import Suite, run_suite
     from aromni_jax.evaluation.tasks import PICTURE_TASKS, choose
-    from aromni_jax.inference.grammar import MEDIA_DELIMITERS, RELEASED_IMAGE, compile_grammar, policy_for
+    from aromni_jax.inference.grammar import compile_grammar
+    from aromni_jax.inference.policy import MEDIA_DELIMITERS, DecodingConfig, policy_for
     from aromni_jax.structs import Task
     from aromni_jax.tokenizers import joint
 
@@ -141,12 +142,14 @@ def evaluate_model(
     if bundle.speech:
         per_second = bundle.speech.codes_per_second * len(vocab.speech)
         limits[Task.TEXT_TO_SPEECH] = round(sizes.speech_seconds * per_second) + MEDIA_DELIMITERS
-    pictures = dataclasses.replace(RELEASED_IMAGE, temperature=sizes.image_temperature, guidance=sizes.image_guidance)
+    decoding = DecodingConfig()
+    pictures = dataclasses.replace(decoding.image, temperature=sizes.image_temperature, guidance=sizes.image_guidance)
+    decoding = dataclasses.replace(decoding, image=pictures)
     suite = Suite(
         model=loaded.model,
         bundle=bundle,
         templates=loaded.templates,
-        grammar=compile_grammar(vocab, {task: policy_for(task, image=pictures) for task in possible}),
+        grammar=compile_grammar(vocab, {task: policy_for(task, decoding) for task in possible}),
         cases=[cases[case.key] for case in asked],
         picture_judge=picture_judge,
         speech_judge=speech_judge,
@@ -276,6 +279,7 @@ def held_out_losses(
     import numpy as np
 
     from aromni_jax.losses import next_token_loss
+    from aromni_jax.models.unstacked import forward
     from aromni_jax.structs import Modality, Task
     from data_pipelines.pipeline import evaluation_batches
 
@@ -285,7 +289,7 @@ def held_out_losses(
 
     @jax.jit
     def sums_of(params: Any, batch: Any) -> tuple[Any, Any]:
-        hidden: Any = model.decoder.apply({"params": params}, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
+        hidden, _ = forward(model.config, params, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
         sums = next_token_loss(
             hidden, params["unembedding"], batch, valid_mask_V=vocab.valid_mask_V, chunk_tokens=1024
         ).task_modality

@@ -10,8 +10,12 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from launch.flags import add_config_argument, load_config
+
 if TYPE_CHECKING:
-    from aromni_jax.structs import Message, Part, Task
+    from aromni_jax.inference.grammar import Grammar
+    from aromni_jax.inference.policy import DecodingConfig, Mode
+    from aromni_jax.structs import Example, Message, Part, Task
     from launch.loading import LoadedModel
 
 TASKS = ("text-to-image", "text-to-speech", "speech-to-text", "caption", "speech-to-image", "question", "chat")
@@ -41,9 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is sampled (default: 0)")
     parser.add_argument("--max_text_tokens", type=int, default=256, metavar="N", help="longest text (default: 256)")
     parser.add_argument("--max_seconds", type=float, default=10.0, metavar="S", help="longest speech (default: 10)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="of pictures and chat (default: as released)")
-    parser.add_argument("--top_p", type=float, metavar="P", help="of pictures and chat (default: as released)")
-    parser.add_argument("--guidance", type=float, metavar="S", help="of pictures, 1 for none (default: as released)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="of pictures and chat (default: the config's)")
+    parser.add_argument("--top_p", type=float, metavar="P", help="of pictures and chat (default: the config's)")
+    parser.add_argument("--guidance", type=float, metavar="S", help="of pictures, 1 for none (default: the config's)")
+    add_config_argument(parser, "configs/decode.py")
+    parser.add_argument(
+        "--describe",
+        action="store_true",
+        help="answer nothing: print the decoding machine of TASK (of every task without one) and what is chosen how in "
+        "each of its states; the same in machine.txt and, drawn, in machine.svg",
+    )
+    parser.add_argument(
+        "--stream", action="store_true", help="print text and write sound as they are made, one request after the other"
+    )
     parser.add_argument("--template", default="", metavar="NAME", help="prompt templates, where the model names none")
 
 
@@ -113,24 +127,40 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
 
 def main(args: argparse.Namespace) -> int:
     """Answers every request and writes the answers."""
+    if args.describe:
+        from launch.generate_describe import describe_machine
+
+        return describe_machine(args, read_decoding(args))
     requests = read_requests(args)
     from launch.loading import load_model
 
     started = time.perf_counter()
     loaded = load_model(args.model, template=args.template)
     loaded_at = time.perf_counter()
-    answers = answer(loaded, requests, args)
-    seconds = {"load": loaded_at - started, "generate": time.perf_counter() - loaded_at}
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    decoding = read_decoding(args)
+    asked = ask(loaded, requests, args, decoding)
+    latencies: list[dict[str, Any]] = [{} for _ in requests]
+    if args.stream:
+        from launch.generate_stream import stream_answers
+
+        answers, latencies = stream_answers(
+            loaded, asked, [_stem(i, r) for i, r in enumerate(requests)], output, args.seed
+        )
+    else:
+        answers = answer(loaded, asked, args.seed)
+    seconds = {"load": loaded_at - started, "generate": time.perf_counter() - loaded_at}
     lines = [
-        _write(parts, request, output, i, loaded)
-        for i, (request, parts) in enumerate(zip(requests, answers, strict=True))
+        _write(parts, request, output, i, loaded, sound_is_written=args.stream)
+        | ({"latency": latency} if latency else {})
+        for i, (request, parts, latency) in enumerate(zip(requests, answers, latencies, strict=True))
     ]
     settings = {
         name: getattr(args, name)
         for name in ("model", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p", "guidance")
     }
+    settings["decoding"] = dataclasses.asdict(decoding)
     result = {"settings": settings, "step": loaded.step, "seconds": seconds, "answers": lines}
     (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for line in lines:
@@ -138,23 +168,43 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def answer(loaded: LoadedModel, requests: list[Request], args: argparse.Namespace) -> list[tuple[Part, ...]]:
-    """What the model answers to each request, media as codes."""
-    from aromni_jax.inference import grammar
-    from aromni_jax.inference.decode import generate
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """Requests ready for the model: the automaton of their tasks, their prompts, and most tokens of each task."""
+
+    grammar: Grammar
+    prompts: list[Example]
+    limits: dict[Task, int]
+
+
+def read_decoding(args: argparse.Namespace) -> DecodingConfig:
+    """How tokens are chosen: the config, then the flags that bear on pictures and open-ended text."""
+    from aromni_jax.config import from_mapping
+    from aromni_jax.inference.policy import DecodingConfig
+
+    def adjusted(mode: Mode, *names: str) -> Mode:
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        return dataclasses.replace(mode, **given)
+
+    config = from_mapping(DecodingConfig, load_config(args))
+    return dataclasses.replace(
+        config,
+        image=adjusted(config.image, "temperature", "top_p", "guidance"),
+        text=adjusted(config.text, "temperature", "top_p"),
+    )
+
+
+def ask(loaded: LoadedModel, requests: list[Request], args: argparse.Namespace, decoding: DecodingConfig) -> Asked:
+    """Encodes the requests, media included, under the settings of the command line."""
+    from aromni_jax.inference.grammar import compile_grammar
+    from aromni_jax.inference.policy import policy_for
     from aromni_jax.structs import Task
     from aromni_jax.tokenizers import joint
 
     vocab, bundle = loaded.model.vocab, loaded.bundle
 
-    def adjusted(mode: grammar.Mode, *names: str) -> grammar.Mode:
-        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        return dataclasses.replace(mode, **given)
-
     tasks = {request.task: Task.from_name(request.task) for request in requests}
-    image = adjusted(grammar.RELEASED_IMAGE, "temperature", "top_p", "guidance")
-    text = adjusted(grammar.RELEASED_TEXT, "temperature", "top_p")
-    policies = {task: grammar.policy_for(task, image=image, text=text) for task in tasks.values()}
+    policies = {task: policy_for(task, decoding) for task in tasks.values()}
     speech_tokens = 0
     if bundle.speech:
         speech_tokens = round(args.max_seconds * bundle.speech.codes_per_second) * len(vocab.speech)
@@ -165,26 +215,34 @@ def answer(loaded: LoadedModel, requests: list[Request], args: argparse.Namespac
         )
         for i, request in enumerate(requests)
     ]
-    show = len(requests) > 1 and sys.stderr.isatty()
+    return Asked(compile_grammar(vocab, policies), prompts, limits)
+
+
+def answer(loaded: LoadedModel, asked: Asked, seed: int) -> list[tuple[Part, ...]]:
+    """What the model answers to each request, media as codes; all together, in batches."""
+    from aromni_jax.inference.decode import generate
+    from aromni_jax.tokenizers import joint
+
+    show = len(asked.prompts) > 1 and sys.stderr.isatty()
 
     def progress(done: int, total: int) -> None:
         if show:
             print(f"\r{done} of {total} answers", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
     made = generate(
-        loaded.model,
-        grammar.compile_grammar(vocab, policies),
-        prompts,
-        max_new_tokens=limits,
-        seed=args.seed,
-        progress=progress,
+        loaded.model, asked.grammar, asked.prompts, max_new_tokens=asked.limits, seed=seed, progress=progress
     )
-    return [joint.parts_of(ids.tolist(), vocab, bundle.text) for ids in made]
+    return [joint.parts_of(ids.tolist(), loaded.model.vocab, loaded.bundle.text) for ids in made]
+
+
+def _stem(index: int, request: Request) -> str:
+    """What the files of an answer are called, without their ending."""
+    return f"{index:04d}_{request.task.replace('-', '_')}"
 
 
 def _limit(task: Task, text_tokens: int, speech_tokens: int, image_tokens: int) -> int:
     """Most tokens of an answer: what its parts may take, and their delimiters."""
-    from aromni_jax.inference.grammar import MEDIA_DELIMITERS
+    from aromni_jax.inference.policy import MEDIA_DELIMITERS
     from aromni_jax.structs import Task
 
     if task == Task.TEXT_TO_SPEECH:
@@ -217,7 +275,13 @@ def _question(request: Request, loaded: LoadedModel) -> Message:
 
 
 def _write(
-    parts: tuple[Part, ...], request: Request, output: pathlib.Path, index: int, loaded: LoadedModel
+    parts: tuple[Part, ...],
+    request: Request,
+    output: pathlib.Path,
+    index: int,
+    loaded: LoadedModel,
+    *,
+    sound_is_written: bool,
 ) -> dict[str, Any]:
     """Writes one answer's files and returns its line of `result.json`."""
     import soundfile
@@ -227,7 +291,7 @@ def _write(
 
     files: list[str] = []
     texts = [part.text for part in parts if isinstance(part, Text)]
-    stem = f"{index:04d}_{request.task.replace('-', '_')}"
+    stem = _stem(index, request)
     for part in parts:
         path = output / f"{stem}.png"
         if isinstance(part, Image):
@@ -236,8 +300,9 @@ def _write(
         elif isinstance(part, Speech):
             assert loaded.bundle.speech is not None and part.codes_KU is not None
             path = path.with_suffix(".wav")
-            waveform = loaded.bundle.speech.decode([part.codes_KU])[0]
-            soundfile.write(path, waveform, loaded.bundle.speech.sample_rate_hz, subtype="PCM_16")
+            if not sound_is_written:
+                waveform = loaded.bundle.speech.decode([part.codes_KU])[0]
+                soundfile.write(path, waveform, loaded.bundle.speech.sample_rate_hz, subtype="PCM_16")
         else:
             continue
         files.append(path.name)

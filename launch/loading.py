@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from aromni_jax.inference.decode import OmniModel
     from aromni_jax.tokenizers.bundle import TokenizerBundle
     from aromni_jax.tokenizers.prompts import Templates
+    from aromni_jax.vocab import JointVocab
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,9 +37,7 @@ def load_model(directory: str | os.PathLike[str], *, template: str = "") -> Load
     from aromni_jax.tokenizers.bundle import TokenizerBundle
     from aromni_jax.tokenizers.prompts import load_templates
 
-    path = pathlib.Path(directory)
-    if not path.is_dir():
-        raise ValueError(f"no model directory {path}; give an export directory or the workdir of a run")
+    path = _existing(directory)
     open_model = _from_workdir if (path / "checkpoints").is_dir() else _from_export
     model, step, tokenizers, name = open_model(path, template)
     if not name:
@@ -55,24 +54,34 @@ def load_model(directory: str | os.PathLike[str], *, template: str = "") -> Load
     return LoadedModel(model, bundle, load_templates(name), step)
 
 
-def _from_export(path: pathlib.Path, template: str) -> tuple[OmniModel, int, pathlib.Path | None, str]:
-    import jax
-    import jax.numpy as jnp
+def load_vocab(directory: str | os.PathLike[str]) -> JointVocab:
+    """The vocabulary of what `load_model` loads, without its weights; ValueError where that is not a model."""
+    from aromni_jax.interop.chameleon import ChameleonDirectory
 
+    path = _existing(directory)
+    return SavedRun(path).vocab if (path / "checkpoints").is_dir() else ChameleonDirectory(path).vocab
+
+
+def _existing(directory: str | os.PathLike[str]) -> pathlib.Path:
+    path = pathlib.Path(directory)
+    if not path.is_dir():
+        raise ValueError(f"no model directory {path}; give an export directory or the workdir of a run")
+    return path
+
+
+def _from_export(path: pathlib.Path, template: str) -> tuple[OmniModel, int, pathlib.Path | None, str]:
     from aromni_jax.inference.decode import OmniModel
     from aromni_jax.interop.chameleon import ChameleonDirectory
-    from aromni_jax.models.decoder import Decoder
 
     opened = ChameleonDirectory(path)
     config = dataclasses.replace(opened.model, param_dtype=opened.dtype, remat="none")
-    model = OmniModel(Decoder(config), jax.tree.map(jnp.asarray, opened.params()), opened.vocab)
+    model = OmniModel.of(config, opened.params(), opened.vocab)
     return model, opened.provenance.step, opened.tokenizers, template or opened.provenance.template
 
 
 def _from_workdir(path: pathlib.Path, template: str) -> tuple[OmniModel, int, pathlib.Path, str]:
     from aromni_jax.inference.decode import OmniModel
-    from aromni_jax.models.decoder import Decoder
 
     run = SavedRun(path)
-    model = OmniModel(Decoder(dataclasses.replace(run.model, remat="none")), run.params.load(), run.vocab)
+    model = OmniModel.of(dataclasses.replace(run.model, remat="none"), run.params.load(), run.vocab)
     return model, run.params.step, run.tokenizers, template or run.template()

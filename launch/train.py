@@ -153,9 +153,13 @@ def run_training(
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(path, config.checkpoint)))
         stack.enter_context(distributed.leaving_at_once())
         check = _identity_check(path, resolved, vocab, batches)
+        restoring = time.monotonic()
         restored = checkpointer.restore_latest(wanted, check)
+        start_facts: dict[str, float] = {}
         if restored:
             first_step, state, facts = restored
+            num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            start_facts = {"restore_seconds": time.monotonic() - restoring, "restored_bytes": num_bytes}
             window = MetricsWindow.from_json(facts.metrics_window)
             log.info("going on after step %d of %d in %s", first_step, config.total_steps, path)
         else:
@@ -204,6 +208,7 @@ def run_training(
             peak_flops=peak * mesh.size if peak else None,
             watchdog=watchdog,
             started=started,
+            start_facts=start_facts,
         )
         result = loop.run(state, first_step)
     if result.is_interrupted:
@@ -249,7 +254,7 @@ def _with_params_from(source: str, state: TrainState, wanted: TrainState, vocab:
     import jax
     import jax.numpy as jnp
 
-    from aromni_jax.train.checkpoint import named_leaves
+    from aromni_jax.train.leaves import named_leaves
     from aromni_jax.train.saved import open_for_export
 
     params = open_for_export(source)

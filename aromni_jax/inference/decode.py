@@ -1,4 +1,4 @@
-"""Batched generation: one prefill, then a jitted loop over a key-value cache that cannot leave the grammar.
+"""Answers to many prompts: batches of like length, each one call of a program that reads, decodes and cannot err.
 
 Rows start at slot 0 of the cache and may have different lengths. Rows of different tasks decode together: the tables
 of the grammar are arguments, and every row carries its own state. Shapes come from a few buckets, so a handful of
@@ -10,17 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from aromni_jax.arrays import IntArray, PyTree
-from aromni_jax.inference.grammar import Grammar, GrammarState, GrammarTables, advance, allowed_tokens
-from aromni_jax.inference.sampling import repetition_penalised, row_keys, sample
-from aromni_jax.models.decoder import Decoder
-from aromni_jax.models.kv_cache import KVCache
+from aromni_jax.inference.grammar import Grammar, GrammarState, GrammarTables
+from aromni_jax.inference.head import spans_of
+from aromni_jax.inference.machine import Machine, begin, decode, extend
+from aromni_jax.inference.sampling import row_keys
+from aromni_jax.models.config import ModelConfig
+from aromni_jax.models.unstacked import unstack
 from aromni_jax.structs import Example, Task
 from aromni_jax.vocab import JointVocab
 
@@ -30,17 +31,39 @@ LENGTH_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OmniModel:
-    """A trained decoder with what is needed to ask it: its parameters and the vocabulary they were trained on."""
+    """A trained decoder ready to be asked: its shape, its parameters (`models.unstacked`) and their vocabulary."""
 
-    decoder: Decoder
+    config: ModelConfig
     params: PyTree
     vocab: JointVocab
+
+    @classmethod
+    def of(cls, config: ModelConfig, stacked: PyTree, vocab: JointVocab) -> OmniModel:
+        """From parameters as training has them; arrays of jax among them are used up."""
+        return cls(config, unstack(config, stacked), vocab)
+
+    @property
+    def machine(self) -> Machine:
+        """What the compiled programs need to know of it."""
+        return Machine(self.config, spans_of(self.vocab), tuple(self.vocab.special_ids.values()))
 
 
 def bucket_of(length: int, buckets: tuple[int, ...] = LENGTH_BUCKETS) -> int:
     """Smallest bucket that holds `length`; above the largest, the next multiple of it."""
     fitting = [bucket for bucket in buckets if bucket >= length]
     return fitting[0] if fitting else -(-length // buckets[-1]) * buckets[-1]
+
+
+def check_request(grammar: Grammar, prompt: Example, max_new_tokens: int) -> None:
+    """ValueError for an empty prompt, or for fewer tokens than the shortest answer of its task has."""
+    if not len(prompt.tokens_L):
+        raise ValueError(f"prompt {prompt.key!r} is empty")
+    shortest = grammar.shortest_answers.get(prompt.task, 0)
+    if max_new_tokens < shortest:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} is too few for {prompt.task.command}: "
+            f"the shortest answer has {shortest} tokens"
+        )
 
 
 def generate(
@@ -73,14 +96,7 @@ def generate(
     """
     limits = [max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[p.task] for p in prompts]
     for example, limit in zip(prompts, limits, strict=True):
-        if not len(example.tokens_L):
-            raise ValueError(f"prompt {example.key!r} is empty")
-        shortest = grammar.shortest_answers.get(example.task, 0)
-        if limit < shortest:
-            raise ValueError(
-                f"max_new_tokens={limit} is too few for {example.task.command}: "
-                f"the shortest answer has {shortest} tokens"
-            )
+        check_request(grammar, example, limit)
     row_ids = list(range(len(prompts)) if row_ids is None else row_ids)
     # Rows of like length stand together: a batch costs as much as its longest prompt and its longest answer.
     order = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i].tokens_L)))
@@ -132,8 +148,8 @@ def _generate_batch(
     state = GrammarState(
         jnp.pad(start.state_B, (0, spare), constant_values=done_state), jnp.pad(start.count_B, (0, spare))
     )
-    tokens_BT, steps_B = decode_loop(
-        model.decoder,
+    tokens_BT, steps_B = answer(
+        model.machine,
         model.params,
         grammar.tables,
         prompt_BL,
@@ -148,9 +164,9 @@ def _generate_batch(
     return np.asarray(tokens_BT), np.asarray(steps_B)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "bos", "max_new_tokens", "is_guided"))
-def decode_loop(
-    decoder: Decoder,
+@functools.partial(jax.jit, static_argnames=("machine", "bos", "max_new_tokens", "is_guided"))
+def answer(
+    machine: Machine,
     params: PyTree,
     tables: GrammarTables,
     prompt_BL: IntArray,
@@ -163,7 +179,7 @@ def decode_loop(
     max_new_tokens: int,
     is_guided: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Prefills the prompts and decodes until every row is done.
+    """Reads the prompts and decodes until every row is done.
 
     With `is_guided` every row has a twin in the cache whose prompt is the beginning of sequence alone and whose answer
     is the row's own: what the model would say unasked. It serves states with guidance other than 1.
@@ -175,74 +191,18 @@ def decode_loop(
     Returns:
       tokens [B, max_new_tokens] and the number of tokens of each answer, end token included.
     """
-    num_rows, width = prompt_BL.shape
-    rows_B = jnp.arange(num_rows)
+    cache_length = prompt_BL.shape[1] + max_new_tokens
+    state = begin(
+        machine,
+        grammar,
+        limits_B,
+        keys_B,
+        cache_length=cache_length,
+        max_new_tokens=max_new_tokens,
+        is_guided=is_guided,
+    )
     if is_guided:
         prompt_BL = jnp.concatenate([prompt_BL, jnp.full_like(prompt_BL, bos)])
         lengths_B = jnp.concatenate([lengths_B, jnp.ones_like(lengths_B)])
-    positions_BL = jnp.broadcast_to(jnp.arange(width), prompt_BL.shape)
-    segments_BL = (positions_BL < lengths_B[:, None]).astype(jnp.int32)
-    cache = KVCache.create(decoder.config, len(prompt_BL), width + max_new_tokens)
-
-    def read(ids: IntArray, positions: IntArray, segments: IntArray, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        found: Any = decoder.apply({"params": params}, ids, positions, segments, cache=cache)
-        return found
-
-    def logits_of(hidden_BD: jax.Array, guidance_B: jax.Array) -> jax.Array:
-        logits_B1V: Any = decoder.apply({"params": params}, hidden_BD[:, None], method=Decoder.logits)
-        asked_BV, unasked_BV = logits_B1V[:num_rows, 0], logits_B1V[num_rows:, 0]
-        if not is_guided:
-            return asked_BV
-        guided_BV = unasked_BV + guidance_B[:, None] * (asked_BV - unasked_BV)
-        return jnp.where(guidance_B[:, None] == 1, asked_BV, guided_BV)
-
-    def with_twins(ids_B: jax.Array) -> jax.Array:
-        return jnp.concatenate([ids_B, ids_B]) if is_guided else ids_B
-
-    hidden_BLD, cache = read(prompt_BL, positions_BL, segments_BL, cache)
-
-    Carry = tuple[jax.Array, jax.Array, GrammarState, KVCache, jax.Array, jax.Array, jax.Array]
-
-    def unfinished(carry: Carry) -> jax.Array:
-        step, _, grammar, *_ = carry
-        return (step < max_new_tokens) & ~jnp.all(tables.done_S[grammar.state_B])
-
-    def emit(carry: Carry) -> Carry:
-        step, hidden_BD, grammar, cache, seen_BV, tokens_BT, steps_B = carry
-        state_B = grammar.state_B
-        live_B = ~tables.done_S[state_B]
-        allowed_BV = allowed_tokens(tables, grammar, limits_B - step)
-        logits_BV = logits_of(hidden_BD, tables.guidance_S[state_B])
-        logits_BV = repetition_penalised(logits_BV, seen_BV, tables.repetition_penalty_S[state_B])
-        chosen_B = sample(
-            logits_BV,
-            allowed_BV,
-            jax.vmap(jax.random.fold_in, (0, None))(keys_B, step),
-            temperature_B=tables.temperature_S[state_B],
-            top_k_B=tables.top_k_S[state_B],
-            top_p_B=tables.top_p_S[state_B],
-        )
-        hidden_B1D, cache = read(
-            with_twins(chosen_B)[:, None], (lengths_B + step)[:, None], jnp.ones((len(lengths_B), 1), jnp.int32), cache
-        )
-        return (
-            step + 1,
-            hidden_B1D[:, 0],
-            advance(tables, grammar, chosen_B),
-            cache,
-            seen_BV.at[rows_B, chosen_B].set(True),
-            tokens_BT.at[:, step].set(chosen_B),
-            steps_B + live_B,
-        )
-
-    start = (
-        jnp.int32(0),
-        hidden_BLD[jnp.arange(len(lengths_B)), lengths_B - 1],
-        grammar,
-        cache,
-        jnp.zeros((num_rows, tables.class_V.shape[0]), bool),
-        jnp.zeros((num_rows, max_new_tokens), jnp.int32),
-        jnp.zeros(num_rows, jnp.int32),
-    )
-    *_, tokens_BT, steps_B = jax.lax.while_loop(unfinished, emit, start)
-    return tokens_BT, steps_B
+    state = decode(machine, params, tables, extend(machine, params, state, prompt_BL, lengths_B), max_new_tokens)
+    return state.tokens_BT, state.step_B

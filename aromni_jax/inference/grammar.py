@@ -9,121 +9,36 @@ decode step, so rows of different tasks and states decode together in one progra
 
 Three things make a row well formed by construction: `legal_SC` (what may follow), `budget_S` (an image holds exactly
 tokens-per-image codes, other segments at most their budget) and `cost_SC` (a token is legal only if the answer can
-still be closed in the tokens that remain, so no answer is cut short).
+still be closed in the tokens that remain, so no answer is cut short). `description` makes a page of it to read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from aromni_jax.arrays import BoolArray, FloatArray, IntArray
+from aromni_jax.inference import head
+from aromni_jax.inference.policy import GREEDY, Mode, Part, Policy
 from aromni_jax.structs import Task
 from aromni_jax.vocab import SPECIALS, JointVocab
-
-Part = Literal["text", "transcript", "speech", "image", "end"]
 
 NEVER = np.iinfo(np.int32).max // 2
 """Cost of a token that can never be afforded."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Mode:
-    """How tokens are chosen in one kind of segment: temperature 0 is greedy; top_k 0, top_p 1, penalty 1 do nothing.
-
-    `guidance` s takes logits u + s (f - u), with f from the whole prompt and u from the answer alone (classifier-free
-    guidance, arXiv 2207.12598; 1 does nothing).
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    guidance: float = 1.0
-
-    def __post_init__(self) -> None:
-        is_possible = self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1
-        if not is_possible or self.repetition_penalty <= 0 or self.guidance < 0:
-            raise ValueError(
-                f"{self} is not a way to choose tokens: temperature and top_k must not be negative, top_p must lie in "
-                "(0, 1], repetition_penalty above 0, guidance not negative"
-            )
-
-
-GREEDY = Mode()
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """What an answer is made of and how its tokens are chosen.
-
-    `start` lists the segments an answer may open with, `after` the segments (or "end") that may follow each one.
-    Budgets count pieces of text and frames of speech; reaching one closes the segment.
-    """
-
-    start: tuple[Part, ...]
-    after: Mapping[Part, tuple[Part, ...]]
-    text: Mode = GREEDY
-    transcript: Mode = GREEDY
-    speech: Mode = GREEDY
-    image: Mode = GREEDY
-    text_budget: int = 512
-    speech_budget_frames: int = 1500
-
-    def __post_init__(self) -> None:
-        reachable, frontier = set(), list(self.start)
-        while frontier:
-            part = frontier.pop()
-            if part == "end" or part in reachable:
-                continue
-            reachable.add(part)
-            if part not in self.after:
-                raise ValueError(f"policy says nothing about what follows {part!r}; add it to `after`")
-            frontier.extend(self.after[part])
-        if not self.start or not any("end" in self.after[part] for part in reachable):
-            raise ValueError(f"no answer of this policy ever ends: start {self.start}, after {dict(self.after)}")
-        if self.text_budget < 1 or self.speech_budget_frames < 1:
-            raise ValueError("text_budget and speech_budget_frames must be at least 1")
-
-
-MEDIA_DELIMITERS = 3
-"""Control tokens of an answer that is one picture or utterance: its beginning, its end, the end of the answer."""
-RELEASED_TEXT = Mode(temperature=1.2, top_p=0.96, repetition_penalty=1.2)
-RELEASED_IMAGE = Mode(temperature=1.0, top_p=0.96, guidance=3.07)
-CHAT_AFTER: dict[Part, tuple[Part, ...]] = {
-    "transcript": ("text", "speech", "image", "end"),
-    "text": ("speech", "image", "end"),
-    "speech": ("image", "end"),
-    "image": ("end",),
-}
-"""The order of parts in a chat answer is the templates' order, so that every answer can be encoded as history."""
-
-
-def policy_for(task: Task, *, image: Mode = RELEASED_IMAGE, text: Mode = RELEASED_TEXT) -> Policy:
-    """The released settings (METHOD section 6): transcripts, answers of one right wording and speech are greedy.
-
-    `text` is how open-ended text (plain text and chat) is sampled, `image` how image codes are.
-    """
-    if task == Task.TEXT_TO_IMAGE:
-        return Policy(start=("image",), after={"image": ("end",)}, image=image)
-    if task == Task.SPEECH_TO_IMAGE:
-        return Policy(start=("transcript", "image"), after={"transcript": ("image",), "image": ("end",)}, image=image)
-    if task == Task.TEXT_TO_SPEECH:
-        return Policy(start=("speech",), after={"speech": ("end",)})
-    if task == Task.CHAT:
-        return Policy(start=("transcript", "text"), after=CHAT_AFTER, image=image, text=text)
-    return Policy(start=("text",), after={"text": ("end",)}, text=text if task == Task.TEXT else GREEDY)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GrammarTables:
-    """The automaton on device; the second index, C, is the token class (not a codebook entry)."""
+    """The automaton on device; the second index, C, is the token class (not a codebook entry).
+
+    `span_S` numbers the rows of the output head that a state reads (`head.spans_of`); `segment_scope_S` is true where
+    the repetition penalty bears on the open segment alone.
+    """
 
     class_V: IntArray
     next_SC: IntArray
@@ -137,8 +52,11 @@ class GrammarTables:
     temperature_S: FloatArray
     top_k_S: IntArray
     top_p_S: FloatArray
+    min_p_S: FloatArray
     repetition_penalty_S: FloatArray
+    segment_scope_S: BoolArray
     guidance_S: FloatArray
+    span_S: IntArray
 
 
 @jax.tree_util.register_dataclass
@@ -152,11 +70,17 @@ class GrammarState:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grammar:
-    """Tables with the names behind their indices; of each task the start state, shortest answer, need of guidance."""
+    """Tables with the names behind their indices; of each task the start state, shortest answer, need of guidance.
+
+    `kinds` says of each state what is being made there: "text" (also wherever the next segment is chosen),
+    "transcript", "speech", "image", or "done".
+    """
 
     tables: GrammarTables
     state_names: tuple[str, ...]
     class_names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    modes: tuple[Mode, ...]
     start_states: Mapping[Task, int]
     shortest_answers: Mapping[Task, int]
     guided_tasks: frozenset[Task]
@@ -170,22 +94,6 @@ class Grammar:
         states = np.array([self.start_states[task] for task in tasks], np.int32)
         return GrammarState(jnp.asarray(states), jnp.zeros(len(tasks), jnp.int32))
 
-    def describe(self) -> str:
-        """The automaton as text, one line per state: legal classes with the state each leads to, and its settings."""
-        t = self.tables
-        lines = []
-        for s, name in enumerate(self.state_names):
-            legal = np.asarray(t.legal_SC[s] | t.legal_at_budget_SC[s])
-            moves = [
-                f"{self.class_names[c]} -> {self.state_names[int(t.next_SC[s, c])]}"
-                + ("" if t.legal_SC[s, c] else " (only at budget)")
-                for c in np.flatnonzero(legal)
-            ]
-            how = "greedy" if t.temperature_S[s] == 0 else f"temperature {float(t.temperature_S[s]):g}"
-            budget = "" if int(t.budget_S[s]) == NEVER else f", budget {int(t.budget_S[s])}"
-            lines.append(f"{name} [{how}{budget}]: {'; '.join(moves)}")
-        return "\n".join(lines)
-
 
 class _Builder:
     """Collects states and moves by name; `compile_grammar` turns them into arrays."""
@@ -195,11 +103,11 @@ class _Builder:
         self.classes = ["none", *SPECIALS, "text", "image"] + [f"speech{k}" for k in range(len(vocab.speech))]
         self.states: list[str] = []
         self.moves: list[tuple[int, str, int, bool, bool]] = []
-        self.info: list[tuple[int, int, Mode]] = []
+        self.info: list[tuple[int, int, str, Mode]] = []
 
-    def state(self, name: str, family: int, mode: Mode = GREEDY, budget: int = NEVER) -> int:
+    def state(self, name: str, family: int, kind: str, mode: Mode = GREEDY, budget: int = NEVER) -> int:
         self.states.append(name)
-        self.info.append((budget, family, mode))
+        self.info.append((budget, family, kind, mode))
         return len(self.states) - 1
 
     def move(self, state: int, kind: str, target: int, *, before: bool = True, at_budget: bool = True) -> None:
@@ -207,44 +115,49 @@ class _Builder:
 
     def policy(self, name: str, policy: Policy) -> int:
         """Adds the states of one policy and returns its start state."""
-        used = {part for options in (policy.start, *policy.after.values()) for part in options}
+        used = policy.parts
         if "image" in used and self.vocab.image is None:
             raise ValueError(f"{name} makes images, but this vocabulary has no image codes")
         if "speech" in used and not self.vocab.speech:
             raise ValueError(f"{name} makes speech, but this vocabulary has no speech codes")
         base = len(self.states)
         num_codebooks = len(self.vocab.speech)
-        start = self.state(f"{name}: start", base, policy.text)
-        done = self.state(f"{name}: done", base)
+        start = self.state(f"{name}: start", base, "text", policy.text)
+        done = self.state(f"{name}: done", base, "done")
         self.move(done, "pad", done)
         entry: dict[str, int] = {}
         loops: list[tuple[int, tuple[Part, ...]]] = [(start, policy.start)]
         if "text" in used:
-            entry["text"] = text = self.state(f"{name}: text", base + 1, policy.text, policy.text_budget)
+            entry["text"] = text = self.state(f"{name}: text", base + 1, "text", policy.text, policy.text_budget)
             self.move(text, "text", text, at_budget=False)
             loops.append((text, policy.after["text"]))
         if "transcript" in used:
             entry["transcript"] = said = self.state(
-                f"{name}: transcript", base + 2, policy.transcript, policy.text_budget
+                f"{name}: transcript", base + 2, "transcript", policy.transcript, policy.text_budget
             )
-            replying = self.state(f"{name}: after transcript", base, policy.text)
+            replying = self.state(f"{name}: after transcript", base, "text", policy.text)
             self.move(said, "text", said, at_budget=False)
             self.move(said, "begin_response", replying)
             loops.append((replying, policy.after["transcript"]))
         if "speech" in used:
             # The first frame has its own state: an utterance holds at least one frame, and may close at any later one.
-            entry["speech"] = first = self.state(f"{name}: first frame", base + 3, policy.speech)
+            entry["speech"] = first = self.state(f"{name}: first frame", base + 3, "speech", policy.speech)
             budget = policy.speech_budget_frames * num_codebooks
-            frames = [self.state(f"{name}: speech{k}", base + 3, policy.speech, budget) for k in range(num_codebooks)]
-            spoken = self.state(f"{name}: after speech", base, policy.text)
+            frames = [
+                self.state(f"{name}: speech{k}", base + 3, "speech", policy.speech, budget)
+                for k in range(num_codebooks)
+            ]
+            spoken = self.state(f"{name}: after speech", base, "text", policy.text)
             self.move(first, "speech0", frames[1 % num_codebooks])
             for k, state in enumerate(frames):
                 self.move(state, f"speech{k}", frames[(k + 1) % num_codebooks], at_budget=k > 0)
             self.move(frames[0], "end_speech", spoken)
             loops.append((spoken, policy.after["speech"]))
         if "image" in used:
-            entry["image"] = drawing = self.state(f"{name}: image", base + 4, policy.image, self.vocab.tokens_per_image)
-            drawn = self.state(f"{name}: after image", base, policy.text)
+            entry["image"] = drawing = self.state(
+                f"{name}: image", base + 4, "image", policy.image, self.vocab.tokens_per_image
+            )
+            drawn = self.state(f"{name}: after image", base, "text", policy.text)
             self.move(drawing, "image", drawing, at_budget=False)
             self.move(drawing, "end_image", drawn, before=False)
             loops.append((drawn, policy.after["image"]))
@@ -294,7 +207,7 @@ def compile_grammar(vocab: JointVocab, policies: Mapping[Task, Policy]) -> Gramm
     for name, row in vocab.special_ids.items():
         class_V[row] = kinds[name]
     content_C = np.array([kind in ("text", "image") or kind.startswith("speech") for kind in builder.classes])
-    budgets, families, modes = zip(*builder.info, strict=True)
+    budgets, families, segment_kinds, modes = zip(*builder.info, strict=True)
     tables = GrammarTables(
         class_V=jnp.asarray(class_V),
         next_SC=jnp.asarray(next_SC),
@@ -308,14 +221,30 @@ def compile_grammar(vocab: JointVocab, policies: Mapping[Task, Policy]) -> Gramm
         temperature_S=jnp.asarray([mode.temperature for mode in modes], jnp.float32),
         top_k_S=jnp.asarray([mode.top_k for mode in modes], jnp.int32),
         top_p_S=jnp.asarray([mode.top_p for mode in modes], jnp.float32),
+        min_p_S=jnp.asarray([mode.min_p for mode in modes], jnp.float32),
         repetition_penalty_S=jnp.asarray([mode.repetition_penalty for mode in modes], jnp.float32),
+        segment_scope_S=jnp.asarray([mode.repetition_scope == "segment" for mode in modes]),
         guidance_S=jnp.asarray([mode.guidance for mode in modes], jnp.float32),
+        span_S=jnp.asarray(_spans(vocab, class_V, legal_SC | legal_at_budget_SC), jnp.int32),
     )
     shortest = {task: int(cost_S[state]) for task, state in starts.items()}
-    guided = frozenset(
-        task for task, p in policies.items() if any(m.guidance != 1 for m in (p.text, p.transcript, p.speech, p.image))
+    guided = frozenset(task for task, policy in policies.items() if policy.is_guided)
+    return Grammar(
+        tables,
+        state_names=tuple(builder.states),
+        class_names=tuple(builder.classes),
+        kinds=segment_kinds,
+        modes=modes,
+        start_states=starts,
+        shortest_answers=shortest,
+        guided_tasks=guided,
     )
-    return Grammar(tables, tuple(builder.states), tuple(builder.classes), starts, shortest, guided)
+
+
+def _spans(vocab: JointVocab, class_V: np.ndarray, legal_SC: np.ndarray) -> list[int]:
+    """The narrowest part of the output head that holds every legal token of each state."""
+    spans, controls = head.spans_of(vocab), np.array(list(vocab.special_ids.values()))
+    return [head.span_of_rows(spans, np.flatnonzero(legal_C[class_V]), controls) for legal_C in legal_SC]
 
 
 def _tokens_to_close(next_SC, legal_SC, drawing_S, done_S, tokens_per_image) -> np.ndarray:
@@ -351,3 +280,19 @@ def advance(tables: GrammarTables, grammar: GrammarState, tokens_B: IntArray) ->
     same_B = tables.family_S[state_B] == tables.family_S[grammar.state_B]
     count_B = jnp.where(same_B, grammar.count_B, 0) + tables.content_C[classes_B]
     return GrammarState(state_B, count_B)
+
+
+def repeated(tables: GrammarTables, grammar: GrammarState, seen_BV: IntArray, step_B: IntArray) -> BoolArray:
+    """Bool [B, V]: the tokens that each row's repetition penalty bears on, of `step_B` tokens made so far.
+
+    `seen_BV` counts from 1 when a token was last made; 0 is never (`note_seen`).
+    """
+    # A segment's pieces or codes stand at the end of the answer, and `count_B` is how many there are.
+    scope_B = jnp.where(tables.segment_scope_S[grammar.state_B], step_B - grammar.count_B, 0)
+    return seen_BV > scope_B[:, None]
+
+
+def note_seen(tables: GrammarTables, seen_BV: IntArray, tokens_B: IntArray, step_B: IntArray) -> IntArray:
+    """`seen_BV` after each row made a token as number `step_B` of its answer, from 0; control tokens are not noted."""
+    when_B = jnp.where(tables.content_C[tables.class_V[tokens_B]], step_B + 1, 0)
+    return seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(when_B)

@@ -1,4 +1,4 @@
-"""Choosing one token per row: greedy or sampled, with temperature, top-k, top-p and repetition penalty per row.
+"""Choosing one token per row: greedy or sampled; temperature, top-k, top-p, min-p and repetition penalty per row.
 
 Every row has its own random key and its own settings, and no operation mixes rows, so what a row says does not depend
 on its neighbours. Logits may be anything, NaN and infinities included: an allowed token always comes out.
@@ -14,6 +14,8 @@ from aromni_jax.arrays import BoolArray, FloatArray, IntArray
 
 LARGEST_LOGIT = 1e9
 """Logits are clipped to +- this; NaN counts as the lowest."""
+LOWEST_TEMPERATURE = 1e-6
+"""Lower ones are taken for this: close to greedy, and its reciprocal is still a number."""
 
 
 def row_keys(seed: int, row_ids: list[int]) -> jax.Array:
@@ -22,11 +24,11 @@ def row_keys(seed: int, row_ids: list[int]) -> jax.Array:
     return jax.vmap(lambda row: jax.random.fold_in(base, row))(np.asarray(row_ids, np.uint32))
 
 
-def repetition_penalised(logits_BV: FloatArray, seen_BV: BoolArray, penalty_B: FloatArray) -> FloatArray:
-    """Divides positive and multiplies negative logits of tokens already generated (arXiv 1909.05858, section 4.1)."""
+def repetition_penalised(logits_BV: FloatArray, repeated_BV: BoolArray, penalty_B: FloatArray) -> FloatArray:
+    """Divides positive and multiplies negative logits of what would be repeated (arXiv 1909.05858, section 4.1)."""
     penalty_B1 = penalty_B[:, None]
     penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-    return jnp.where(seen_BV, penalised_BV, logits_BV)
+    return jnp.where(repeated_BV, penalised_BV, logits_BV)
 
 
 def nucleus_mask(probs_BV: FloatArray, top_k_B: IntArray, top_p_B: FloatArray) -> BoolArray:
@@ -64,10 +66,13 @@ def sample(
     temperature_B: FloatArray,
     top_k_B: IntArray,
     top_p_B: FloatArray,
+    min_p_B: FloatArray,
 ) -> IntArray:
     """One allowed token per row; rows of temperature 0 take the most likely one.
 
-    `allowed_BV` must allow something in every row (the grammar guarantees it).
+    `allowed_BV` must allow something in every row (the grammar guarantees it). A token may be drawn when it is among
+    the `top_k_B` likeliest, in the likeliest set of mass `top_p_B`, and at least `min_p_B` times as likely as the
+    likeliest.
     """
     logits_BV = jnp.nan_to_num(
         logits_BV.astype(jnp.float32), nan=-LARGEST_LOGIT, posinf=LARGEST_LOGIT, neginf=-LARGEST_LOGIT
@@ -76,8 +81,17 @@ def sample(
     greedy_B = jnp.argmax(logits_BV, axis=-1)
 
     def draw(_: None) -> jax.Array:
-        scaled_BV = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
-        kept_BV = nucleus_mask(jax.nn.softmax(scaled_BV, axis=-1), top_k_B, top_p_B) & allowed_BV
+        # The largest logit is 0 first: no temperature, however low, divides it to infinity.
+        heat_B = jnp.where(temperature_B > 0, jnp.maximum(temperature_B, LOWEST_TEMPERATURE), 1.0)
+        scaled_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / heat_B[:, None]
+        probs_BV = jax.nn.softmax(scaled_BV, axis=-1)
+        # Only top-k and top-p need the search, which reads the whole vocabulary 31 times; min-p is one comparison.
+        kept_BV = jax.lax.cond(
+            jnp.any((temperature_B > 0) & ((top_k_B > 0) | (top_p_B < 1))),
+            lambda: nucleus_mask(probs_BV, top_k_B, top_p_B),
+            lambda: jnp.ones_like(allowed_BV),
+        )
+        kept_BV &= probs_BV >= min_p_B[:, None] * probs_BV.max(-1, keepdims=True)
         scaled_BV = jnp.where(kept_BV, scaled_BV, -jnp.inf)
         return jax.vmap(jax.random.categorical)(keys_B, scaled_BV)
 

@@ -24,9 +24,15 @@ class KVCache:
     lengths_B: jax.Array
 
     @classmethod
-    def create(cls, config: ModelConfig, num_rows: int, max_length: int) -> KVCache:
-        """An empty cache for `num_rows` rows of at most `max_length` tokens (S)."""
-        shape = (config.num_layers, num_rows, max_length, config.num_kv_heads, config.head_dim)
+    def create(cls, config: ModelConfig, num_rows: int, max_length: int, num_layers: int | None = None) -> KVCache:
+        """An empty cache for `num_rows` rows of at most `max_length` tokens (S), of all layers or of `num_layers`."""
+        shape = (
+            config.num_layers if num_layers is None else num_layers,
+            num_rows,
+            max_length,
+            config.num_kv_heads,
+            config.head_dim,
+        )
         dtype = jnp.dtype(config.dtype)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((num_rows,), jnp.int32))
 

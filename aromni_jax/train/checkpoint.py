@@ -10,19 +10,34 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import pathlib
+import sys
+import threading
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from aromni_jax.arrays import PyTree
 from aromni_jax.config import CheckpointConfig
 from aromni_jax.train import workdir as workdirs
+from aromni_jax.train.leaves import (
+    any_process,
+    array_checksums,
+    checksums,
+    key_name,
+    named_leaves,
+    nested,
+    on_device,
+)
+from aromni_jax.train.local_tier import LocalTier
 
 log = logging.getLogger(__name__)
 
@@ -50,66 +65,15 @@ class RunFacts:
     metrics_window: dict[str, Any]
 
 
-def _key_name(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    raise TypeError(f"no name for tree entry {entry!r}")
-
-
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """{"params/layers/attention/q": leaf, ...} in tree order; `None` has no leaves."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {"/".join(map(_key_name, path)): leaf for path, leaf in leaves}
-    assert len(named) == len(leaves), "two leaves of the state have one name"
-    return named
-
-
-def nested(named: dict[str, Any]) -> dict[str, Any]:
-    """{"a/b": 1} -> {"a": {"b": 1}}: the tree that Orbax stores."""
-    tree: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
-
-def _checksum(array: jax.Array) -> jax.Array:
-    """Sum over the bits of every element times an odd number that depends on its place, modulo 2**32.
-
-    Integer addition has no order: the same on every mesh. An odd factor keeps any single flipped bit visible.
-    """
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")).astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
-    for axis in range(bits.ndim):
-        place = place * jnp.uint32(2654435761) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-
-@jax.jit
-def _checksums(arrays: list[jax.Array]) -> jax.Array:
-    # Arrays in host memory (`optimizer.offload`) come to the device for it.
-    return jnp.stack([_checksum(jax.device_put(array, jax.memory.Space.Device)) for array in arrays])
-
-
-def checksums(named: dict[str, Any]) -> dict[str, int]:
-    """One uint32 per array, equal for equal contents on any mesh, in any process."""
-    values = np.asarray(_checksums(list(named.values())))
-    return {name: int(value) for name, value in zip(named, values)}
-
-
 def context(partial: bool = False) -> ocp.Context:
-    """Orbax options for everything here: a chunk per layer on write; `partial` restores only the arrays asked for."""
+    """Orbax options for everything here: a chunk per layer, not compressed; `partial` restores only what is wanted."""
     made = ocp.Context()
     saving = made.array_options.saving
+    # Trained floats shrink by a tenth at most, for more of the processors' time than all the rest of a save.
+    saving.use_compression = False
 
     def storage(path: Any, leaf: Any) -> Any:
-        stacked = STACKED in map(_key_name, path) and getattr(leaf, "ndim", 0) > 1
+        stacked = STACKED in map(key_name, path) and getattr(leaf, "ndim", 0) > 1
         return type(saving).StorageOptions(shard_axes=(0,)) if stacked else None
 
     saving.scoped_storage_options_creator = storage
@@ -184,7 +148,7 @@ class SavedStep:
                 arrays = named_leaves(ocp.load_checkpointables(self.path, {"state": nested(wanted)})["state"])
         except Exception as error:
             failure = error
-        if _any_process(failure is not None):
+        if any_process(failure is not None):
             cause = _root_cause(failure) if failure else "another process could not read its part"
             raise DamagedCheckpoint(f"{self.path}: {cause}") from failure
         arrays = {name: arrays[name] for name in wanted}
@@ -195,19 +159,38 @@ class SavedStep:
         return arrays
 
 
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A state as it was when `Checkpointer.snapshot` was called: arrays by name, which nobody overwrites, and one
+    checksum each [number of arrays]. Devices may still be computing both."""
+
+    named: dict[str, jax.Array]
+    checksums: jax.Array
+
+
 class Checkpointer:
     """Saves and restores one run below `workdir/checkpoints`; the same calls on every process.
 
-    `save` returns as soon as the arrays are copied off the devices; files are written in the background, and a failed
-    write is raised by the next `save`, `wait` or `close`. Opening removes what a killed save left behind.
+    The loop does not wait for a save: `snapshot` asks the devices for a copy and `write` hands it to Orbax, which
+    brings it to the host and to the files while the next steps run. With one process a thread of our own calls Orbax;
+    with several the caller's thread does, for about the time of the copy to the host, because Orbax then talks to the
+    other processes about preemption, in the order of the loop. A failed write is raised by the next `snapshot`,
+    `write`, `wait` or `close`. Opening removes what a killed save left behind.
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
         self.directory = workdir / workdirs.CHECKPOINTS
         self._config = config
+        self._local = LocalTier(config.local_directory, _run_id(workdir)) if config.local_directory else None
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoint", _step_back)
+        self._writing: list[Any] = []
+        self._copy: Any = None
+        self._sums: Any = None
+        self._sums_of_copy = True
         self._open()
 
     def _open(self) -> None:
+        _meet_over_the_network()
         policies = ocp.training.preservation_policies
         keep: list[Any] = [policies.LatestN(max(self._config.keep_last, 1))]
         if self._config.keep_every_steps:
@@ -225,22 +208,83 @@ class Checkpointer:
         """Steps with a finished checkpoint, oldest first."""
         return list_steps(self.directory)
 
-    def save(self, step: int, state: PyTree, facts: RunFacts) -> None:
-        """Saves `state` and `facts` as `step`; waits for the previous save first."""
+    def prepare(self, state: PyTree, has_room: bool = True) -> None:
+        """Compiles what the first `snapshot` of such a state needs; `has_room` says whether devices can hold a second
+        state beside what a step needs. Where they cannot, copies go to the memory of the host, and the next step waits
+        for them."""
+        arrays = list(named_leaves(state).values())
+        places = [x.sharding if has_room else x.sharding.with_memory_kind("pinned_host") for x in arrays]
+        copy = jax.jit(lambda arrays: [jnp.copy(on_device(x)) for x in arrays], out_shardings=places)
+        self._copy = copy.lower(arrays).compile()
+        self._sums = array_checksums.lower(arrays).compile()
+        self._sums_of_copy = has_room
+
+    def snapshot(self, state: PyTree) -> Snapshot:
+        """Asks the devices for a copy of `state`, which may be donated at once. Waits for the previous save first."""
+        self.wait()
+        if self._copy is None:
+            self.prepare(state)
         named = named_leaves(state)
-        metadata = {"facts": dataclasses.asdict(facts), "checksums": checksums(named)}
-        tree = {"state": nested(named)}
+        arrays = list(named.values())
+        copies = self._copy(arrays)
+        return Snapshot(dict(zip(named, copies)), self._sums(copies if self._sums_of_copy else arrays))
+
+    def write(
+        self,
+        step: int,
+        snapshot: Snapshot,
+        facts: RunFacts,
+        before: Callable[[], None] = lambda: None,
+        *,
+        is_shared: bool = True,
+        is_local: bool = False,
+    ) -> None:
+        """Writes a snapshot and `facts` as `step`, to the shared folder or the local disk or both; `before` runs first,
+        in the thread that writes."""
+        self.wait()
+        said = dataclasses.asdict(facts)
+
+        def sums() -> dict[str, int]:
+            return {name: int(value) for name, value in zip(snapshot.named, np.asarray(snapshot.checksums))}
+
+        def write_local(local: LocalTier) -> None:
+            local.write(step, snapshot.named, said, sums())
+
+        def write_shared(save: Callable[..., Any]) -> Any:
+            metadata = {"facts": said, "checksums": sums()}
+            started = save(step, {"state": nested(snapshot.named)}, custom_metadata=metadata)
+            if not started:
+                raise RuntimeError(f"Orbax did not save step {step} below {self.directory}, after {self._orbax.latest}")
+            return started
+
+        self._writing.append(self._thread.submit(before))
+        if not self._config.asynchronous or jax.process_count() > 1:
+            self._writing.pop().result()
+        if is_local and self._local:
+            self._writing.append(self._thread.submit(write_local, self._local))
+        if is_shared and self._config.asynchronous and jax.process_count() == 1:
+            self._writing.append(self._thread.submit(write_shared, self._orbax.save_checkpointables))
+        elif is_shared and self._config.asynchronous:
+            self._writing.append(write_shared(self._orbax.save_checkpointables_async))
+        elif is_shared:
+            write_shared(self._orbax.save_checkpointables)
+        if not self._config.asynchronous:
+            self.wait()
+
+    def save(self, step: int, state: PyTree, facts: RunFacts) -> None:
+        """Saves `state` and `facts` as `step` in the shared folder; waits for the previous save first."""
         if self._config.asynchronous:
-            started = self._orbax.save_checkpointables_async(step, tree, custom_metadata=metadata)
+            snapshot = self.snapshot(state)
         else:
-            started = self._orbax.save_checkpointables(step, tree, custom_metadata=metadata)
-        if not started:
-            raise RuntimeError(f"Orbax did not save step {step} below {self.directory}, after {self._orbax.latest}")
+            named = named_leaves(state)
+            snapshot = Snapshot(named, array_checksums(list(named.values())))
+        self.write(step, snapshot, facts)
 
     def restore_latest(
         self, abstract_state: PyTree, check: Callable[[RunFacts], None]
     ) -> tuple[int, PyTree, RunFacts] | None:
-        """Newest readable checkpoint as (step, state, facts), or None where none was ever finished.
+        """Newest readable checkpoint as (step, state, facts), or None where none was ever finished. It comes from
+        the local disks where every process has a newer one there.
 
         `abstract_state` has the tree, shapes, dtypes and shardings wanted; `check` raises ValueError when the facts
         belong to another run. A damaged checkpoint is set aside as `STEP.damaged`, the one before it is used, and both
@@ -251,6 +295,23 @@ class Checkpointer:
         """
         wanted = named_leaves(abstract_state)
         steps = self.steps()
+        found = None
+        if self._local:
+            local = self._local.restore(wanted, lambda said: check(RunFacts(**said)), steps[-1] if steps else -1)
+            if local:
+                found = (local[0], local[1], RunFacts(**local[2]))
+                log.info("using the local checkpoint of step %d below %s", local[0], self._local.folder)
+        found = found or self._restore_shared(steps, wanted, check)
+        if self._local:
+            self._local.discard_after(found[0] if found else -1)
+        if not found:
+            return None
+        step, arrays, facts = found
+        return step, jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted]), facts
+
+    def _restore_shared(
+        self, steps: list[int], wanted: dict[str, jax.ShapeDtypeStruct], check: Callable[[RunFacts], None]
+    ) -> tuple[int, dict[str, jax.Array], RunFacts] | None:
         damaged: list[tuple[int, DamagedCheckpoint]] = []
         for step in reversed(steps):
             try:
@@ -268,8 +329,7 @@ class Checkpointer:
                 names = ", ".join(str(number) for number, _ in damaged)
                 log.error("using checkpoint %d instead of damaged %s (set aside as STEP.damaged)", step, names)
                 self._set_aside([number for number, _ in damaged])
-            state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted])
-            return step, state, saved.facts
+            return step, arrays, saved.facts
         if damaged:
             raise ValueError(
                 f"no checkpoint below {self.directory} can be read ({damaged[0][1]}); start in another --workdir"
@@ -293,18 +353,50 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Blocks until the last save is on disk; raises what went wrong with it."""
+        while self._writing:
+            self._writing.pop(0).result()
         self._orbax.wait()
 
     def close(self) -> None:
         """Waits and releases; call it before the process ends."""
-        self._orbax.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
 
 
-def _any_process(flag: bool) -> bool:
-    """True where `flag` is true on any process: all of them take the same way."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+def _step_back() -> None:
+    """Lets threads that compute go before this one and those it starts (Linux).
+
+    Where the processors are the devices, it gets little more than they leave idle, so that a save spreads over several
+    steps instead of holding up one; when the loop waits for it, that is everything. Beside an accelerator it gets a
+    third of the weight of others, which may belong to somebody else's work.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        more = 19 if jax.default_backend() == "cpu" else 5
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + more))
+
+
+def _meet_over_the_network() -> None:
+    """Lets Orbax's processes wait for each other in jax's coordination service, not in a program on the devices: that
+    would queue behind the running step, and so would the loop."""
+    name = "experimental_orbax_use_distributed_barrier"
+    if jax.process_count() > 1 and name in flags.FLAGS:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        flags.FLAGS[name].value = True
+
+
+def _run_id(workdir: pathlib.Path) -> str:
+    """The same name of the run on every process: process 0 reads it, or makes it for a new workdir."""
+    name = np.zeros(workdirs.RUN_ID_BYTES, np.uint8)
+    if jax.process_index() == 0:
+        name = np.frombuffer(bytes.fromhex(workdirs.run_id(workdir)), np.uint8)
+    if jax.process_count() > 1:
+        name = np.asarray(multihost_utils.broadcast_one_to_all(name)).astype(np.uint8)
+    return name.tobytes().hex()
 
 
 def _root_cause(error: BaseException) -> str:

@@ -25,7 +25,8 @@ from orbax.checkpoint import v1 as ocp
 from aromni_jax.arrays import PyTree
 from aromni_jax.config import TrainConfig
 from aromni_jax.structs import PackedBatch
-from aromni_jax.train.checkpoint import Checkpointer, RunFacts
+from aromni_jax.train.checkpoint import Checkpointer, RunFacts, Snapshot
+from aromni_jax.train.leaves import any_process
 from aromni_jax.train.metrics import MetricsWindow
 from aromni_jax.train.observe import Hook
 from aromni_jax.train.watchdog import Watchdog
@@ -122,6 +123,23 @@ class _Pending:
     position: dict[str, Any]
     wait_seconds: float
     is_last: bool = False
+    snapshot: Snapshot | None = None
+    is_shared: bool = False
+    is_local: bool = False
+
+
+def _has_room_for_a_second(state: PyTree, step: Any) -> bool:
+    """Whether every device can hold another `state` while the compiled `step` runs; true where memory has no end that
+    jax knows of (a CPU)."""
+    memory = step.memory_analysis()
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    known = [limit for limit in limits if limit is not None]
+    if memory is None or not known:
+        return True
+    second = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards[:1])
+    running = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    has_room = running + memory.temp_size_in_bytes + second < 0.95 * min(known)
+    return not any_process(not has_room)
 
 
 class TrainLoop:
@@ -132,7 +150,8 @@ class TrainLoop:
     rows this process drew; `facts` tells what a checkpoint should say, given the data position and the metrics window;
     `flops` maps (real tokens, attended pairs) of a window to model FLOPs and `peak_flops` is that of the whole mesh.
     `evaluate(state, step)` runs every `config.eval_every_steps` and its result goes to the hooks. `watchdog` hears what
-    the loop does, and `started` is the `time.monotonic()` from which the first step is timed.
+    the loop does, `started` is the `time.monotonic()` from which the first step is timed, and `start_facts` go into the
+    first line.
     """
 
     def __init__(
@@ -153,6 +172,7 @@ class TrainLoop:
         peak_flops: float | None = None,
         watchdog: Watchdog,
         started: float,
+        start_facts: dict[str, float] | None = None,
     ):
         self._config = config
         self._jitted_step = step
@@ -171,8 +191,8 @@ class TrainLoop:
         self._started = started
         self._pending: list[_Pending] = []
         self._is_first = True
-        self._save_stall_seconds = self._waited_seconds = 0.0
-        self._start_facts: dict[str, float] = {}
+        self._save_stall_seconds = self._lost_seconds = 0.0
+        self._start_facts = dict(start_facts or {})
         self._num_bad_in_a_row = 0
 
     def run(self, state: PyTree, first_step: int) -> LoopResult:
@@ -202,7 +222,7 @@ class TrainLoop:
                     done.is_last = not drawn
                     self._record(keep=1)
                     is_stopping = stop.agreed(step)
-                    self._after_step(step, state, done.position, is_last=is_stopping or not drawn)
+                    self._after_step(state, done, is_end=is_stopping or done.is_last)
                 self._watchdog.enter("save")
                 self._checkpointer.wait()
             if step < total and not drawn:
@@ -216,7 +236,8 @@ class TrainLoop:
         start = time.monotonic()
         rate = self._learning_rate(step)
         compiled = self._load() if self._load else self._jitted_step.lower(state, batch, rate).compile()
-        self._start_facts = {"compile_seconds": time.monotonic() - start}
+        self._checkpointer.prepare(state, has_room=_has_room_for_a_second(state, compiled))
+        self._start_facts["compile_seconds"] = time.monotonic() - start
         # Collectives have timeouts of their own (30 s between CPUs), which a process that compiles longer would break.
         barrier = ocp.multihost.sync_global_processes(
             "step compiled",
@@ -233,37 +254,59 @@ class TrainLoop:
         start = time.monotonic()
         local_batch = next(self._batches, None)  # type: ignore[call-overload]
         wait_seconds = time.monotonic() - start
-        self._waited_seconds += wait_seconds
+        self._lost_seconds += wait_seconds
         self._watchdog.enter("step")
         if local_batch is None:
             return None
         return _Drawn(self._place(local_batch), self._batches.state(), wait_seconds)
 
-    def _after_step(self, step: int, state: PyTree, position: dict[str, Any], *, is_last: bool) -> None:
-        config = self._config
-        is_saving = is_last or step % config.checkpoint.save_every_steps == 0
+    def _after_step(self, state: PyTree, done: _Pending, *, is_end: bool) -> None:
+        """Evaluates and takes a snapshot after `done`, whose metrics may still be on their way: `_record` writes it."""
+        config, step = self._config, done.step
+        done.is_shared = is_end or step % config.checkpoint.save_every_steps == 0
+        done.is_local = bool(config.checkpoint.local_directory) and step % config.checkpoint.local_every_steps == 0
         is_evaluating = self._evaluate and config.eval_every_steps and step % config.eval_every_steps == 0
-        if not (is_saving or is_evaluating):
-            return
-        self._record(keep=0)
+        if is_evaluating or is_end:
+            self._record(keep=0)
         if is_evaluating and self._evaluate:
             self._watchdog.enter("evaluate")
             results = self._evaluate(state, step)
             for hook in self._hooks:
                 hook.on_eval(step, results)
-        if is_saving:
+            self._watchdog.enter("step")
+            self._clock = time.monotonic()
+        if done.is_shared or done.is_local:
             self._watchdog.enter("save")
             start = time.monotonic()
+            done.snapshot = self._checkpointer.snapshot(state)
+            self._count_stall(time.monotonic() - start)
+            self._watchdog.enter("step")
+            if not self._pending:
+                self._write(done)
+
+    def _write(self, done: _Pending) -> None:
+        """Hands the snapshot of a recorded step to the checkpointer."""
+        assert done.snapshot is not None
+        start = time.monotonic()
+        facts = self._facts(done.position, self._window.to_json())
+
+        def tell() -> None:
             for hook in self._hooks:
-                hook.on_save(step)
-            self._checkpointer.save(step, state, self._facts(position, self._window.to_json()))
-            self._save_stall_seconds += time.monotonic() - start
-        self._watchdog.enter("step")
-        self._clock = time.monotonic()
+                hook.on_save(done.step)
+
+        self._checkpointer.write(
+            done.step, done.snapshot, facts, tell, is_shared=done.is_shared, is_local=done.is_local
+        )
+        done.snapshot = None
+        self._count_stall(time.monotonic() - start)
+
+    def _count_stall(self, seconds: float) -> None:
+        self._save_stall_seconds += seconds
+        self._lost_seconds += seconds
 
     def _restart_clock(self) -> None:
         self._clock = time.monotonic()
-        self._step_seconds = self._wait_seconds = self._save_stall_seconds = self._waited_seconds = 0.0
+        self._step_seconds = self._wait_seconds = self._save_stall_seconds = self._lost_seconds = 0.0
         self._num_timed_steps = 0
 
     def _record(self, keep: int) -> None:
@@ -282,9 +325,9 @@ class TrainLoop:
             if self._is_first:
                 self._report_first_step(now - self._started)
             self._watchdog.step_done(done.step, step_seconds, done.wait_seconds, step_seconds - (now - start))
-            waited_seconds, self._waited_seconds = self._waited_seconds, 0.0
+            lost_seconds, self._lost_seconds = self._lost_seconds, 0.0
             if is_good:
-                self._window.goodput.productive_seconds += step_seconds - waited_seconds
+                self._window.goodput.productive_seconds += step_seconds - lost_seconds
                 self._num_bad_in_a_row = 0
             else:
                 self._report_bad_step(done.step)
@@ -292,6 +335,8 @@ class TrainLoop:
             line = self._line(done) if is_due else None
             for hook in self._hooks:
                 hook.on_step(done.step, line)
+            if done.snapshot:
+                self._write(done)
 
     def _line(self, done: _Pending) -> dict[str, Any]:
         tokens, pairs = self._window.flops_counts

@@ -28,6 +28,8 @@ TIMING_KEYS = frozenset(
         "save_stall_seconds",
         "first_step_seconds",
         "compile_seconds",
+        "restore_seconds",
+        "restored_bytes",
         "mfu",
         "goodput",
     }
@@ -234,7 +236,8 @@ class LineFile:
 
     def sync(self) -> None:
         """To disk: called before a checkpoint, whose lines would otherwise be missing after a power cut."""
-        os.fsync(self._file.fileno())
+        if not self._file.closed:  # a run that failed; closing has handed all lines to the system
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

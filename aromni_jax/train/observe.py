@@ -28,7 +28,7 @@ class Hook:
         """After an evaluation."""
 
     def on_save(self, step: int) -> None:
-        """Before a checkpoint of `step` is written."""
+        """Before a checkpoint of `step` is written, in the thread that writes it."""
 
     def on_end(self, step: int) -> None:
         """After the last step, also when the run was told to stop or failed."""

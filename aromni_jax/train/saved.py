@@ -12,7 +12,8 @@ import numpy as np
 import tensorstore
 
 from aromni_jax.train import workdir as workdirs
-from aromni_jax.train.checkpoint import DamagedCheckpoint, RunFacts, SavedStep, list_steps, nested
+from aromni_jax.train.checkpoint import DamagedCheckpoint, RunFacts, SavedStep, list_steps
+from aromni_jax.train.leaves import nested
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """The folder of one run: may we write there, does it belong to this config, and files that are never half written.
 
 A workdir holds `config.json` (resolved), `tokenizers/` (at least `vocab.json`), `metrics.jsonl`, `evaluations.jsonl`,
-`checkpoints/`, `heartbeats/` (`train.watchdog`), `first_start` and TensorBoard events.
+`checkpoints/`, `heartbeats/` (`train.watchdog`), `first_start` and TensorBoard events; with a local tier also `run_id`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ CHECKPOINTS = "checkpoints"
 HEARTBEATS = "heartbeats"
 FIRST_START = "first_start"
 TOKENIZERS = "tokenizers"
+RUN_ID_FILE = "run_id"
+RUN_ID_BYTES = 8
 
 MAY_CHANGE = (
     "total_steps",
@@ -108,6 +110,15 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def run_id(path: pathlib.Path) -> str:
+    """What tells this run from every other, also from an earlier one in a folder of the same name: 16 letters, made
+    when they are first asked for."""
+    file = path / RUN_ID_FILE
+    if not file.exists():
+        write_text(file, os.urandom(RUN_ID_BYTES).hex() + "\n")
+    return file.read_text(encoding="utf-8").strip()
 
 
 def first_start(path: pathlib.Path, this_start: float) -> float:

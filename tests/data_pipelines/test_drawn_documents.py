@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import pathlib
-import types
 from typing import Any
 
 import numpy as np
 import pytest
 
-from aromni_jax.inference import decode
-from aromni_jax.inference.grammar import Mode, compile_grammar, policy_for
+from aromni_jax.inference import decode, machine
+from aromni_jax.inference.grammar import compile_grammar
+from aromni_jax.inference.policy import DecodingConfig, Mode, policy_for
+from aromni_jax.models.config import ModelConfig
 from aromni_jax.structs import Image, Message, Role, Speech, Task, Text
 from aromni_jax.tokenizers import joint
 from aromni_jax.tokenizers.prompts import SHIPPED, load_templates, parse_templates
@@ -70,19 +71,17 @@ def test_an_unasked_answer_is_what_guidance_compares_with(
 
     read = []
 
-    class Reader:
-        """Stands for a decoder and keeps what it is first given to read."""
+    def forward(config: Any, params: Any, ids_BL: Any, places_BL: Any, is_token_BL: Any, caches: Any) -> None:
+        """Stands for the decoder and keeps what it is first given to read."""
+        read.extend(np.asarray(ids)[np.asarray(mask) > 0] for ids, mask in zip(ids_BL, is_token_BL, strict=True))
+        raise InterruptedError
 
-        config = types.SimpleNamespace(num_layers=1, num_kv_heads=1, head_dim=1, dtype="float32")
-
-        def apply(self, params: Any, ids_BL: Any, positions_BL: Any, segments_BL: Any, cache: Any) -> None:
-            read.extend(np.asarray(ids)[np.asarray(mask) > 0] for ids, mask in zip(ids_BL, segments_BL, strict=True))
-            raise InterruptedError
-
-    monkeypatch.setattr(decode, "decode_loop", decode.decode_loop.__wrapped__)  # eager: ids are numbers
-    grammar = compile_grammar(VOCAB, {task: policy_for(task, image=Mode(1.0, guidance=3.0))})
+    config = ModelConfig(VOCAB.size, num_layers=1, d_model=2, num_heads=1, num_kv_heads=1, head_dim=2, mlp_dim=2)
+    monkeypatch.setattr(machine, "forward", forward)
+    monkeypatch.setattr(decode, "answer", decode.answer.__wrapped__)  # eager: ids are numbers
+    grammar = compile_grammar(VOCAB, {task: policy_for(task, DecodingConfig(image=Mode(1.0, guidance=3.0)))})
     with pytest.raises(InterruptedError):
-        decode.generate(decode.OmniModel(Reader(), {}, VOCAB), grammar, [asked], max_new_tokens=64)  # type: ignore[arg-type]
+        decode.generate(decode.OmniModel(config, {}, VOCAB), grammar, [asked], max_new_tokens=64)
     assert [ids.tolist() for ids in read] == [asked.tokens_L.tolist(), opening.tolist()]
 
 

@@ -84,7 +84,7 @@ def test_interrupted_killed_and_finished(tmp_path):
 
 
 def answers_of_the_export(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """`aromni generate` on what was exported: a whole picture, speech, and the same again from the same seed."""
+    """`aromni generate` on what was exported: a picture, speech, the same again from the same seed, and streamed."""
     sound = next((workdir / "corpus").glob("speech_*/*.wav"))
     requests = [
         {"task": "text-to-image", "text": "a red star"},
@@ -95,10 +95,10 @@ def answers_of_the_export(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None
     lines = tmp_path / "requests.jsonl"
     lines.write_text("".join(json.dumps(request) + "\n" for request in requests))
     made = []
-    for name in ("a", "b"):
+    for name, more in (("a", []), ("b", []), ("streamed", ["--stream"])):
         command = [sys.executable, "-m", "launch.cli", "generate", f"--model={workdir / 'export'}", f"--input={lines}"]
         subprocess.run(
-            [*command, f"--output={tmp_path / name}", "--max_seconds=1", "--max_text_tokens=8"],
+            [*command, f"--output={tmp_path / name}", "--max_seconds=1", "--max_text_tokens=8", *more],
             check=True,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         )
@@ -110,3 +110,11 @@ def answers_of_the_export(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None
     waveform, rate_hz = soundfile.read(tmp_path / "a" / spoken["files"][0])
     assert 0 < len(waveform) <= rate_hz and np.isfinite(waveform).all()
     assert len(written["text"]) == 1 and written["files"] == []
+
+    latencies = [line.pop("latency") for line in made[2]["answers"]]
+    assert made[2]["answers"] == made[0]["answers"]
+    streamed, _ = soundfile.read(tmp_path / "streamed" / spoken["files"][0])
+    np.testing.assert_allclose(streamed, waveform, atol=2e-4)  # 16 bits round to 3e-5.
+    assert latencies[1]["audio_seconds"] == len(waveform) / rate_hz and latencies[1]["rtf"] > 0
+    assert 0 < latencies[1]["ftl_seconds"] <= latencies[1]["ttfa_seconds"] < latencies[1]["seconds"]
+    assert latencies[0]["audio_seconds"] == 0 and latencies[0]["ttfa_seconds"] is None

@@ -16,7 +16,8 @@ from runs import checkpoint_names, finish, lines, reproducible, run, start, when
 from aromni_jax import partitioning
 from aromni_jax.config import MeshConfig, TrainConfig, from_mapping
 from aromni_jax.train import saved
-from aromni_jax.train.checkpoint import Checkpointer, named_leaves
+from aromni_jax.train.checkpoint import Checkpointer
+from aromni_jax.train.leaves import named_leaves
 from aromni_jax.train.observe import Hook
 from aromni_jax.train.state import abstract_state
 from configs.pretrain import get_config

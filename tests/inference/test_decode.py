@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from aromni_jax.inference.decode import OmniModel, bucket_of, generate
-from aromni_jax.inference.grammar import Mode, compile_grammar, policy_for
+from aromni_jax.inference.grammar import compile_grammar
+from aromni_jax.inference.policy import DecodingConfig, Mode, policy_for
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.decoder import Decoder
 from aromni_jax.partitioning import unbox
@@ -20,23 +22,39 @@ from aromni_jax.vocab import JointVocab
 VOCAB = JointVocab.build(text_size=60, image_codes=24, tokens_per_image=4, speech_codes=(20,))
 
 
+CONFIG = ModelConfig(
+    vocab_size=VOCAB.size, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48
+)
+
+
 @pytest.fixture(scope="module")
-def model() -> OmniModel:
-    config = ModelConfig(
-        vocab_size=VOCAB.size, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48
-    )
-    decoder = Decoder(config)
+def stacked() -> Any:
+    """Parameters as training has them, as arrays of numpy."""
     ids = jnp.zeros((1, 4), jnp.int32)
-    params = unbox(jax.jit(decoder.init)(jax.random.key(0, impl="rbg"), ids, ids, ids)["params"])
+    params = unbox(jax.jit(Decoder(CONFIG).init)(jax.random.key(0, impl="rbg"), ids, ids, ids)["params"])
     rng = np.random.default_rng(1)
     # Fresh norms are all ones and the head is small: perturbed, greedy choices are far from ties.
-    params = jax.tree.map(lambda x: np.asarray(x) + 0.3 * rng.normal(size=x.shape).astype(np.float32), params)
-    return OmniModel(decoder, params, VOCAB)
+    return jax.tree.map(lambda x: np.asarray(x) + 0.3 * rng.normal(size=x.shape).astype(np.float32), params)
+
+
+@pytest.fixture(scope="module")
+def model(stacked) -> OmniModel:
+    return OmniModel.of(CONFIG, stacked, VOCAB)
+
+
+def whole_logits(stacked: Any, tokens_BL: jax.Array) -> jax.Array:
+    """Logits [B, L, V] of the decoder as training runs it, without a cache."""
+    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    decoder = Decoder(CONFIG)
+    hidden: Any = decoder.apply({"params": stacked}, tokens_BL, positions_BL, jnp.ones_like(tokens_BL))
+    logits: Any = decoder.apply({"params": stacked}, hidden, method=Decoder.logits)
+    return logits
 
 
 @pytest.fixture(scope="module")
 def grammar():
-    return compile_grammar(VOCAB, {task: policy_for(task, text=Mode(1.0, top_p=0.9)) for task in Task})
+    decoding = DecodingConfig(text=Mode(1.0, top_p=0.9))
+    return compile_grammar(VOCAB, {task: policy_for(task, decoding) for task in Task})
 
 
 def prompts_of(tasks: list[Task], seed: int = 0, longest: int = 25) -> list[Example]:
@@ -47,19 +65,14 @@ def prompts_of(tasks: list[Task], seed: int = 0, longest: int = 25) -> list[Exam
     ]
 
 
-def test_cached_greedy_decoding_equals_full_forward(model, grammar):
+def test_cached_greedy_decoding_equals_full_forward(stacked, model, grammar):
     """Every greedy token is the argmax, among legal ids, of a forward pass without a cache over all tokens so far."""
     tasks = [Task.CAPTION, Task.TEXT_TO_SPEECH, Task.CAPTION, Task.SPEECH_TO_TEXT, Task.TEXT_TO_SPEECH]
     prompts = prompts_of(tasks)
     answers = generate(model, grammar, prompts, max_new_tokens=24)
     tables = jax.tree.map(np.asarray, grammar.tables)
 
-    @jax.jit
-    def full_forward(tokens_BL):
-        positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-        hidden = model.decoder.apply({"params": model.params}, tokens_BL, positions_BL, jnp.ones_like(tokens_BL))
-        return model.decoder.apply({"params": model.params}, hidden, method=Decoder.logits)
-
+    full_forward = jax.jit(lambda tokens_BL: whole_logits(stacked, tokens_BL))
     for prompt, answer in zip(prompts, answers, strict=True):
         row_L = np.concatenate([prompt.tokens_L, answer])
         logits_LV = np.asarray(full_forward(np.pad(row_L, (0, 64 - len(row_L)))[None]))[0]

@@ -1,172 +1,87 @@
-"""No logits, however bad, make a malformed answer; checked against a reader of answers that knows no tables."""
+"""The compiled automaton: the released layout, its limits, its penalties, and what it says about itself."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aromni_jax.inference.grammar import Mode, Policy, advance, allowed_tokens, compile_grammar, policy_for
-from aromni_jax.inference.sampling import row_keys, sample
+from aromni_jax.inference.description import as_table, describe
+from aromni_jax.inference.grammar import advance, allowed_tokens, compile_grammar, note_seen, repeated
+from aromni_jax.inference.policy import DecodingConfig, Mode, Policy, policy_for
 from aromni_jax.structs import Task
 from aromni_jax.vocab import JointVocab
 
-VOCABS = {
-    "one codebook": JointVocab.build(text_size=40, image_codes=16, tokens_per_image=4, speech_codes=(8,)),
-    "three codebooks": JointVocab.build(text_size=40, image_codes=16, tokens_per_image=6, speech_codes=(8, 8, 4)),
-}
-SAMPLED = Mode(temperature=1.0, top_p=0.9, top_k=20, repetition_penalty=1.2)
+VOCAB = JointVocab.build(text_size=40, image_codes=16, tokens_per_image=4, speech_codes=(8,))
 
 
-@functools.partial(jax.jit, static_argnames=("num_steps",))
-def run(tables, state, logits_TBV, keys_B, limits_B, num_steps):
-    """Drives the tables with given logits, as the decode loop does, without a model."""
-
-    def emit(state, step):
-        token_B = sample(
-            logits_TBV[step % len(logits_TBV)],
-            allowed_tokens(tables, state, limits_B - step),
-            jax.vmap(jax.random.fold_in, (0, None))(keys_B, step),
-            temperature_B=tables.temperature_S[state.state_B],
-            top_k_B=tables.top_k_S[state.state_B],
-            top_p_B=tables.top_p_S[state.state_B],
-        )
-        done_B = tables.done_S[state.state_B]
-        return advance(tables, state, token_B), (token_B, done_B)
-
-    _, (tokens_TB, done_TB) = jax.lax.scan(emit, state, jnp.arange(num_steps))
-    return tokens_TB.T, (~done_TB).sum(0)
+def walk(grammar, task, tokens):
+    """State of one row after `tokens`, and what it has seen."""
+    state, seen_BV = grammar.start([task]), jnp.zeros((1, VOCAB.size), jnp.int32)
+    for step, token in enumerate(tokens):
+        seen_BV = note_seen(grammar.tables, seen_BV, jnp.array([token]), jnp.array([step]))
+        state = advance(grammar.tables, state, jnp.array([token]))
+    return state, seen_BV
 
 
-def read(tokens: list[int], vocab: JointVocab) -> list[tuple[str, list[int]]]:
-    """An answer's segments; raises AssertionError where it is malformed. Says METHOD section 6 in plain Python."""
-    assert tokens[-1] in (vocab.eos, vocab.end_model)
-    segments: list[tuple[str, list[int]]] = []
-    i, body = 0, tokens[:-1]
-    while i < len(body):
-        token = body[i]
-        if token == vocab.begin_image:
-            codes = body[i + 1 : i + 1 + vocab.tokens_per_image]
-            assert len(codes) == vocab.tokens_per_image and all(code in vocab.image for code in codes)
-            assert body[i + 1 + len(codes)] == vocab.end_image
-            segments.append(("image", codes))
-            i += len(codes) + 2
-        elif token == vocab.begin_speech:
-            stop = body.index(vocab.end_speech, i)
-            codes = body[i + 1 : stop]
-            assert codes and len(codes) % len(vocab.speech) == 0
-            assert all(code in vocab.speech[k % len(vocab.speech)] for k, code in enumerate(codes))
-            segments.append(("speech", codes))
-            i = stop + 1
-        elif token == vocab.begin_transcript:
-            stop = body.index(vocab.begin_response, i)
-            assert all(piece in vocab.text for piece in body[i + 1 : stop])
-            segments.append(("transcript", body[i + 1 : stop]))
-            i = stop + 1
-        else:
-            start = i
-            while i < len(body) and body[i] in vocab.text:
-                i += 1
-            assert i > start, f"token {token} may not stand here"
-            segments.append(("text", body[start:i]))
-    return segments
+def penalised_ids(grammar, task, tokens):
+    state, seen_BV = walk(grammar, task, tokens)
+    return np.flatnonzero(repeated(grammar.tables, state, seen_BV, jnp.array([len(tokens)]))[0]).tolist()
 
 
-def check(tokens: list[int], task: Task, vocab: JointVocab, policy: Policy) -> None:
-    kinds = [kind for kind, _ in read(tokens, vocab)]
-    allowed = {
-        Task.TEXT_TO_IMAGE: [["image"]],
-        Task.SPEECH_TO_IMAGE: [["image"], ["transcript", "image"]],
-        Task.TEXT_TO_SPEECH: [["speech"]],
-    }.get(task, [["text"]])
-    if task == Task.CHAT:
-        rank = ["transcript", "text", "speech", "image"]
-        assert kinds and kinds == sorted(set(kinds), key=rank.index) and kinds[0] in ("transcript", "text")
-    else:
-        assert kinds in allowed
-    for kind, body in read(tokens, vocab):
-        if kind == "speech":
-            assert len(body) <= policy.speech_budget_frames * len(vocab.speech)
-        if kind in ("text", "transcript"):
-            assert len(body) <= policy.text_budget
-
-
-def adversarial(kind: str, rng: np.random.Generator, num_rows: int, vocab: JointVocab) -> np.ndarray:
-    """[T, B, V] logits meant to break the grammar."""
-    logits = rng.normal(size=(7, num_rows, vocab.size)).astype(np.float32) * 5
-    favourite = np.arange(num_rows) % vocab.size
-    if kind == "each id most likely in turn":
-        logits[:, np.arange(num_rows), favourite] = 100
-    elif kind == "each id infinite":
-        logits[:, np.arange(num_rows), favourite] = np.inf
-    elif kind == "all NaN":
-        logits[:] = np.nan
-    elif kind == "all minus infinity":
-        logits[:] = -np.inf
-    elif kind == "NaN and infinities mixed":
-        logits[rng.random(logits.shape) < 0.3] = np.nan
-        logits[rng.random(logits.shape) < 0.3] = np.inf
-        logits[rng.random(logits.shape) < 0.3] = -np.inf
-    elif kind == "never ends":
-        logits[:, :, [vocab.eos, vocab.end_model, vocab.end_speech, vocab.begin_response]] = -np.inf
-    return logits
-
-
-KINDS = (
-    "random",
-    "each id most likely in turn",
-    "each id infinite",
-    "all NaN",
-    "all minus infinity",
-    "NaN and infinities mixed",
-    "never ends",
-)
-
-
-@pytest.mark.parametrize("vocab_name", VOCABS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_answer_is_well_formed(vocab_name, kind):
-    vocab, tasks = VOCABS[vocab_name], list(Task) * 128
-    for mode, budget in ((Mode(), 5), (SAMPLED, 9)):
-        policies = {
-            task: dataclasses.replace(
-                policy_for(task, image=mode, text=mode), text_budget=budget, speech_budget_frames=4
-            )
-            for task in Task
-        }
-        grammar = compile_grammar(vocab, policies)
-        rng = np.random.default_rng(len(kind))
-        limits = np.array([rng.integers(grammar.shortest_answers[task], 40) for task in tasks], np.int32)
-        logits = adversarial(kind, rng, len(tasks), vocab)
-        keys = row_keys(0, list(range(len(tasks))))
-        answers = run(grammar.tables, grammar.start(tasks), logits, keys, limits, num_steps=42)
-        tokens_BT, lengths_B = (np.asarray(array) for array in answers)
-        for row, task in enumerate(tasks):
-            assert lengths_B[row] <= limits[row]
-            answer = [int(t) for t in tokens_BT[row, : lengths_B[row]]]
-            check(answer, task, vocab, policies[task])
-            assert all(int(t) == vocab.pad for t in tokens_BT[row, lengths_B[row] :])
+@pytest.mark.parametrize("scope", ["answer", "segment"])
+def test_penalties_bear_on_the_pieces_of_their_scope_and_never_on_controls(scope):
+    said, replied, picture = VOCAB.text.start, VOCAB.text.start + 1, VOCAB.image.start
+    mode = Mode(1.0, repetition_penalty=1.3, repetition_scope=scope)
+    grammar = compile_grammar(VOCAB, {Task.CHAT: policy_for(Task.CHAT, DecodingConfig(text=mode, image=mode))})
+    answer = [VOCAB.begin_transcript, said, said, VOCAB.begin_response]
+    answer += [replied, replied, VOCAB.begin_image, picture, picture]
+    wanted = {
+        "answer": [[], [], [said], [said], [said], [said, replied], [said, replied], [said, replied]],
+        "segment": [[], [], [], [], [], [replied], [replied], []],
+    }[scope]
+    wanted += [[picture, said, replied] if scope == "answer" else [picture]] * 2
+    # The transcript's own mode is greedy with the scope of any mode that names none.
+    wanted[2:4] = [[said], [said]]
+    for length, ids in enumerate(wanted):
+        assert penalised_ids(grammar, Task.CHAT, answer[:length]) == sorted(ids), length
 
 
 def test_both_end_tokens_end_an_answer():
-    vocab = VOCABS["one codebook"]
-    grammar = compile_grammar(vocab, {Task.CAPTION: policy_for(Task.CAPTION)})
-    for end in (vocab.eos, vocab.end_model):
-        logits = np.zeros((1, 1, vocab.size), np.float32)
-        logits[..., end] = 9
-        tokens, length = run(grammar.tables, grammar.start([Task.CAPTION]), logits, row_keys(0, [0]), np.array([9]), 9)
-        assert int(tokens[0, int(length[0]) - 1]) == end and int(length[0]) == 2
+    grammar = compile_grammar(VOCAB, {Task.CAPTION: policy_for(Task.CAPTION)})
+    for end in (VOCAB.eos, VOCAB.end_model):
+        state, _ = walk(grammar, Task.CAPTION, [VOCAB.text.start])
+        assert allowed_tokens(grammar.tables, state, jnp.array([9]))[0, end]
+        assert grammar.tables.done_S[advance(grammar.tables, state, jnp.array([end])).state_B[0]]
 
 
-def test_describe_names_every_state():
-    grammar = compile_grammar(VOCABS["one codebook"], {Task.TEXT_TO_IMAGE: policy_for(Task.TEXT_TO_IMAGE)})
-    text = grammar.describe()
-    assert "start [greedy]: begin_image -> text-to-image: image" in text
-    assert "end_image -> text-to-image: after image (only at budget)" in text
+def test_what_is_printed_is_what_decodes():
+    grammar = compile_grammar(JointVocab.released(), {task: policy_for(task) for task in Task})
+    table = as_table(describe(grammar, [Task.TEXT_TO_IMAGE]))
+    assert [line.split()[1] for line in table.splitlines() if line.startswith("text-to-image")] == [
+        "start",
+        "image",
+        "after",
+        "done",
+    ]
+    for words in ("begin_image 8197 image always, forced", "end_image 8196 after image at budget, forced 1024 sampled"):
+        assert words in " ".join(table.split())
+    assert "image 4..8195 image below budget" in " ".join(table.split())
+    states = describe(grammar)
+    assert len(states) == len(grammar.state_names)
+    moves = sum(len(move.names) for state in states for move in state.moves)
+    assert moves == int(np.sum(np.asarray(grammar.tables.legal_SC | grammar.tables.legal_at_budget_SC)))
+    chat = {state.name: state for state in describe(grammar, [Task.CHAT])}
+    assert chat["text"].mode == DecodingConfig().text and chat["text"].budget == 512
+    assert "min-p 0.05, repetition penalty 1.1 (segment)" in as_table(list(chat.values()))
+
+
+def test_only_tasks_that_make_pictures_pay_for_their_guidance():
+    pictures = {Task.TEXT_TO_IMAGE, Task.SPEECH_TO_IMAGE, Task.CHAT}
+    assert compile_grammar(VOCAB, {task: policy_for(task) for task in Task}).guided_tasks == pictures
+    unguided = DecodingConfig(image=Mode(1.0), text=Mode(1.0, guidance=2.0))
+    policies = {task: policy_for(task, unguided) for task in Task}
+    assert compile_grammar(VOCAB, policies).guided_tasks == {Task.TEXT, Task.CHAT}
 
 
 def test_released_layout_compiles():
@@ -179,8 +94,9 @@ def test_bad_policies_are_named():
         Policy(start=("text",), after={"text": ("speech", "end")})
     with pytest.raises(ValueError, match="ever ends"):
         Policy(start=("text",), after={"text": ("image",), "image": ("image",)})
-    with pytest.raises(ValueError, match="top_p"):
-        Mode(top_p=0.0)
+    for wrong in ({"top_p": 0.0}, {"min_p": 1.5}, {"temperature": float("inf")}, {"repetition_scope": "row"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Mode(**wrong)
     text_only = JointVocab.build(text_size=40)
     with pytest.raises(ValueError, match="no image codes"):
         compile_grammar(text_only, {Task.TEXT_TO_IMAGE: policy_for(Task.TEXT_TO_IMAGE)})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aromni_jax.peers.wavtokenizer import SMALL, WavTokenizerTorch
-from launch import bench_tokenizer, cli
+from launch import bench_checkpoint, bench_tokenizer, cli
 
 
 def test_sides_take_turns_and_the_table_has_the_fixed_keys(tmp_path, monkeypatch, capsys):
@@ -72,3 +72,42 @@ def test_data_beside_grains_packer(tmp_path, monkeypatch, capsys):
     assert result["ratio_to_peer"] == pytest.approx(result["ours"] / result["peer"])
     assert 1.5 < result["bytes_per_token"] < 3 and result["fill"] > result["fill_peer"] > 0.9
     assert "M documents per CPU second" in capsys.readouterr().out
+
+
+def test_checkpoints_beside_the_disk_and_torch(tmp_path, monkeypatch, capsys):
+    def tiny():
+        from configs.pretrain import get_config
+
+        config = get_config("debug")
+        config.sequence_length = 32
+        config.mesh.fsdp = 8
+        return config
+
+    monkeypatch.setattr("launch.bench_checkpoint.CASES", (bench_checkpoint.Case("tiny", tiny, 5, 2),))
+    monkeypatch.setattr("launch.bench_checkpoint.keep_freed_memory_on_cpu", lambda: None)
+    path = tmp_path / "bench.json"
+    assert cli.run("bench", ["checkpoint", f"--json={path}"]) == 0
+    results = json.loads(path.read_text())
+    assert results.keys() == {"tiny/stall", "tiny/save", "tiny/restore"}
+    fixed = {"ours", "limit", "peer", "ratio_to_limit", "ratio_to_peer", "unit", "shape", "device", "peer_name"}
+    for row in results.values():
+        assert fixed <= row.keys()
+        assert row["ratio_to_limit"] == pytest.approx(row["ours"] / row["limit"])
+    stall = results["tiny/stall"]
+    assert stall["stall_ratio"] == stall["ratio_to_limit"] and stall["saves"] == 2
+    assert results["tiny/save"]["bytes_written"] > 4 * results["tiny/restore"]["parameters"]
+    assert "a step that saves" in capsys.readouterr().out
+
+
+def test_which_steps_save_and_which_are_their_neighbours():
+    """Step 11 saves step 10: 5 s instead of 1 s; 12 runs while files are written: 2 s."""
+    lengths = {step: {11: 5.0, 12: 2.0}.get(step, 1.0) for step in range(1, 21)}
+    ended = {step: sum(lengths[earlier] for earlier in range(1, step + 1)) for step in lengths}
+    saved, whole = {10: ended[10], 20: ended[20]}, {10: ended[12] - 0.5, 20: ended[20] + 9.0}
+    steps = bench_checkpoint.describe_steps(ended, saved, whole)
+    assert steps == {"saving": 5.0, "first": 5.0, "neighbours": 1.0, "quiet": 1.0, "until_whole": 7.75}
+
+
+def test_an_unknown_config_to_save_is_named(capsys):
+    assert cli.run("bench", ["checkpoint", "--case=7b"]) == 1
+    assert "quickstart, 100m" in capsys.readouterr().err

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import soundfile
 
+from aromni_jax.inference.policy import DecodingConfig, Mode
 from aromni_jax.structs import Speech
 from aromni_jax.tokenizers.speech_input import prepare_sound
-from launch import generate
+from aromni_jax.vocab import JointVocab
+from launch import generate, generate_describe
 
 
 def arguments(*argv: str) -> argparse.Namespace:
@@ -85,3 +87,36 @@ def test_conversion_of_speech_is_told(tmp_path, capsys):
         message = generate._question(generate.Request("speech-to-text", speech=str(tmp_path / name)), loaded)
         assert isinstance(message.parts[0], Speech) and message.parts[0].codes_KU.shape == (1, 400)
         assert capsys.readouterr().out == (f"{tmp_path}/{told}" if told else "")
+
+
+def test_flags_go_before_the_config_and_the_config_before_nothing():
+    def decoding(*argv, overrides=()):
+        args = arguments("chat", *argv)
+        args.config_overrides = list(overrides)
+        return generate.read_decoding(args)
+
+    assert decoding() == DecodingConfig()
+    released = decoding("--config=configs/decode.py:released", "--temperature=0.5")
+    assert released.text == Mode(0.5, top_p=0.96, repetition_penalty=1.2)
+    assert released.image == Mode(0.5, top_p=0.96, guidance=3.07)
+    assert released.recognition == Mode(1.2, top_p=0.96, repetition_penalty=1.2)
+    assert decoding(overrides=["--config.image.guidance=1.0"]).image == Mode(1.0, top_p=0.96)
+    with pytest.raises(ValueError, match="did you mean 'image.guidance'"):
+        decoding(overrides=["--config.image.guidence=1.0"])
+
+
+def test_the_machine_is_described_without_weights_or_a_request(tmp_path, monkeypatch, capsys):
+    pictures = JointVocab.build(text_size=40, image_codes=16, tokens_per_image=4)
+    monkeypatch.setattr(generate_describe, "load_vocab", lambda directory: pictures)
+    args = arguments("--describe", "--config=configs/decode.py:released")
+    args.output, args.config_overrides = str(tmp_path / "out"), []
+    assert generate.main(args) == 0
+    table = (tmp_path / "out" / "machine.txt").read_text()
+    assert capsys.readouterr().out == table
+    assert "caption: text" in table and "text-to-image: image" in table
+    assert "speech" not in table and "chat" not in table  # this vocabulary has no speech codes
+    assert "temperature 1.2, top-p 0.96, repetition penalty 1.2 (answer)" in table
+    assert (tmp_path / "out" / "machine.svg").read_text().startswith("<svg")
+    args.task = "text-to-speech"
+    with pytest.raises(ValueError, match="no speech codes"):
+        generate.main(args)

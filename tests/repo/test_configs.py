@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from aromni_jax.config import TrainConfig, from_mapping
+from aromni_jax.inference.policy import DecodingConfig
 from aromni_jax.models.config import ModelConfig, resolve_model
 from aromni_jax.structs import Modality, Task
 from configs.pretrain import MESHES
@@ -31,6 +32,7 @@ TRAINING = {
     "bench": ("",),
 }
 OTHER = {
+    "decode": {"": DecodingConfig, "ours": DecodingConfig, "released": DecodingConfig},
     "pretokenize": {"train": PretokenizeConfig, "heldout": PretokenizeConfig},
     "quickstart": {"": QuickstartConfig, "tiny": QuickstartConfig},
 }

@@ -22,11 +22,9 @@ from aromni_jax.train.checkpoint import (
     DamagedCheckpoint,
     RunFacts,
     SavedStep,
-    checksums,
     describe_differences,
-    named_leaves,
-    nested,
 )
+from aromni_jax.train.leaves import checksums, named_leaves, nested
 
 ASYNC = CheckpointConfig(save_every_steps=1, keep_last=3, keep_every_steps=0, asynchronous=True)
 
@@ -104,12 +102,17 @@ def test_fresh_workdir_has_nothing(tmp_path):
     checkpointer.close()
 
 
-def test_save_survives_donation_of_the_state(tmp_path):
+@pytest.mark.parametrize("has_room", [True, False])
+def test_save_survives_donation_of_the_state(tmp_path, has_room):
     """The next step overwrites the very buffers an asynchronous save is writing."""
     state = {"params": {"w": jnp.arange(1 << 20, dtype=jnp.float32)}}
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
     checkpointer = Checkpointer(tmp_path, ASYNC)
-    checkpointer.save(1, state, facts())
+    checkpointer.prepare(state, has_room)
+    snapshot = checkpointer.snapshot(state)
+    assert (snapshot.named["params/w"].sharding.memory_kind == "pinned_host") == (not has_room)
+    state = overwrite(state)
+    checkpointer.write(1, snapshot, facts())
     for _ in range(5):
         state = overwrite(state)
     checkpointer.close()

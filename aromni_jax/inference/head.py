@@ -1,0 +1,63 @@
+"""The output head, as narrow as the states of all rows allow: rows that speak read the speech rows of the table alone.
+
+Reading the table is much of what a small batch waits for: of 65,536 rows of the released layout an utterance needs
+4,108 and a picture 8,204. Logits of rows that are not read are 0; the grammar forbids their tokens in these states.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aromni_jax.arrays import IntArray
+from aromni_jax.vocab import JointVocab
+
+Spans = tuple[tuple[int, int], ...]
+"""(start, stop) of the rows that each kind of state reads besides the control tokens; the first is the whole table."""
+
+WHOLE, CONTROLS, FIRST_MEDIUM = 0, 1, 2
+
+
+def spans_of(vocab: JointVocab) -> Spans:
+    """The whole table, nothing but controls, then one span for each medium that the vocabulary has: speech, image."""
+    spans = [(0, vocab.size), (0, 0)]
+    if vocab.speech:
+        spans.append((min(span.start for span in vocab.speech), max(span.stop for span in vocab.speech)))
+    if vocab.image:
+        spans.append((vocab.image.start, vocab.image.stop))
+    return tuple(spans)
+
+
+def span_of_rows(spans: Spans, rows: np.ndarray, controls: np.ndarray) -> int:
+    """The index of the narrowest span that, with the controls, holds all of `rows` (ids of the vocabulary)."""
+    content = np.setdiff1d(rows, controls)
+    fitting = [i for i, (start, stop) in enumerate(spans) if np.all((content >= start) & (content < stop))]
+    return min(fitting, key=lambda i: spans[i][1] - spans[i][0])
+
+
+def shared_span(span_B: IntArray, num_spans: int) -> jax.Array:
+    """The index of the span that serves every row of a batch: theirs when they agree, else the whole table."""
+    wants_S = jnp.any(span_B[:, None] == jnp.arange(num_spans), axis=0)
+    is_mixed = wants_S[WHOLE] | (wants_S[FIRST_MEDIUM:].sum() > 1)
+    return jnp.where(is_mixed, WHOLE, jnp.max(span_B))
+
+
+def narrow_logits(
+    hidden_RD: jax.Array, table_VD: jax.Array, span: jax.Array, *, spans: Spans, controls: tuple[int, ...]
+) -> jax.Array:
+    """float32 logits [R, V] of the rows of span number `span` and of the controls, each as the whole head gives it."""
+
+    def product(rows_WD: jax.Array) -> jax.Array:
+        return jnp.einsum("RD,WD->RW", hidden_RD, rows_WD.astype(hidden_RD.dtype), preferred_element_type=jnp.float32)
+
+    def narrow(start: int, stop: int) -> jax.Array:
+        ids = jnp.asarray(controls)
+        logits_RV = jnp.zeros((hidden_RD.shape[0], table_VD.shape[0]), jnp.float32)
+        logits_RV = logits_RV.at[:, ids].set(product(table_VD[ids]))
+        if start == stop:
+            return logits_RV
+        return logits_RV.at[:, start:stop].set(product(table_VD[start:stop]))
+
+    branches = [lambda: product(table_VD), *(lambda where=where: narrow(*where) for where in spans[1:])]
+    return jax.lax.switch(span, branches)

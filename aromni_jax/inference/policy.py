@@ -1,0 +1,146 @@
+"""Policies: what an answer is made of and how its tokens are chosen, in words; `grammar` makes tables of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from aromni_jax.structs import Task
+
+Part = Literal["text", "transcript", "speech", "image", "end"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How tokens are chosen in one kind of segment: temperature 0 is greedy; top_k 0, top_p 1, min_p 0 keep all tokens.
+
+    `min_p` drops tokens less likely than that share of the likeliest one (arXiv 2407.01082). `repetition_penalty` (1
+    does nothing) bears on the pieces and codes that `repetition_scope` names: those of the whole answer so far, or
+    those of the open segment; never on control tokens, because that would change what an answer is made of.
+    `guidance` s takes logits u + s (f - u), with f from the whole prompt and u from the answer alone (classifier-free
+    guidance, arXiv 2207.12598; 1 does nothing).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    repetition_scope: Literal["answer", "segment"] = "answer"
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        numbers = (self.temperature, self.repetition_penalty, self.guidance)
+        is_possible = all(map(math.isfinite, numbers)) and self.temperature >= 0 and self.top_k >= 0
+        is_possible = is_possible and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1
+        if not is_possible or self.repetition_penalty <= 0 or self.guidance < 0:
+            raise ValueError(
+                f"{self} is not a way to choose tokens: temperature, top_k and guidance must not be negative, top_p "
+                "must lie in (0, 1], min_p in [0, 1], repetition_penalty above 0, and all must be finite"
+            )
+        if self.repetition_scope not in ("answer", "segment"):
+            raise ValueError(f"repetition_scope must be 'answer' or 'segment', not {self.repetition_scope!r}")
+
+
+GREEDY = Mode()
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingConfig:
+    """How tokens are chosen in every kind of segment, whatever the task; `configs/decode.py` has the shipped ones.
+
+    `text` is open-ended (plain text, replies in a chat), `recognition` says what is in a picture, a sound or a question
+    (captions, speech to text, answers): the input decides its wording. Budgets count pieces of text and frames of
+    speech; reaching one closes the segment.
+    """
+
+    text: Mode = Mode(temperature=1.0, min_p=0.05, repetition_penalty=1.1, repetition_scope="segment")
+    recognition: Mode = GREEDY
+    transcript: Mode = GREEDY
+    speech: Mode = GREEDY
+    image: Mode = Mode(temperature=1.0, top_p=0.96, guidance=3.07)
+    text_budget: int = 512
+    speech_budget_frames: int = 1500
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What an answer is made of and how its tokens are chosen.
+
+    `start` lists the segments an answer may open with, `after` the segments (or "end") that may follow each one.
+    Budgets count pieces of text and frames of speech; reaching one closes the segment.
+    """
+
+    start: tuple[Part, ...]
+    after: Mapping[Part, tuple[Part, ...]]
+    text: Mode = GREEDY
+    transcript: Mode = GREEDY
+    speech: Mode = GREEDY
+    image: Mode = GREEDY
+    text_budget: int = 512
+    speech_budget_frames: int = 1500
+
+    def __post_init__(self) -> None:
+        reachable, frontier = set(), list(self.start)
+        while frontier:
+            part = frontier.pop()
+            if part == "end" or part in reachable:
+                continue
+            reachable.add(part)
+            if part not in self.after:
+                raise ValueError(f"policy says nothing about what follows {part!r}; add it to `after`")
+            frontier.extend(self.after[part])
+        if not self.start or not any("end" in self.after[part] for part in reachable):
+            raise ValueError(f"no answer of this policy ever ends: start {self.start}, after {dict(self.after)}")
+        if self.text_budget < 1 or self.speech_budget_frames < 1:
+            raise ValueError("text_budget and speech_budget_frames must be at least 1")
+
+    @property
+    def parts(self) -> set[Part]:
+        """The kinds of segments that an answer may hold, and "end"."""
+        return {part for options in (self.start, *self.after.values()) for part in options}
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a segment that an answer may hold is made with guidance, which costs a second row for each."""
+        modes = {"text": self.text, "transcript": self.transcript, "speech": self.speech, "image": self.image}
+        return any(mode.guidance != 1 for part, mode in modes.items() if part in self.parts)
+
+
+MEDIA_DELIMITERS = 3
+"""Control tokens of an answer that is one picture or utterance: its beginning, its end, the end of the answer."""
+CHAT_AFTER: dict[Part, tuple[Part, ...]] = {
+    "transcript": ("text", "speech", "image", "end"),
+    "text": ("speech", "image", "end"),
+    "speech": ("image", "end"),
+    "image": ("end",),
+}
+"""The order of parts in a chat answer is the templates' order, so that every answer can be encoded as history."""
+
+
+def policy_for(task: Task, config: DecodingConfig | None = None) -> Policy:
+    """The policy of answers to `task`: the parts it asks for, chosen as `config` (ours by default) says."""
+    config = config or DecodingConfig()
+    start: tuple[Part, ...] = ("text",)
+    after: Mapping[Part, tuple[Part, ...]] = {"text": ("end",)}
+    if task == Task.TEXT_TO_IMAGE:
+        start, after = ("image",), {"image": ("end",)}
+    elif task == Task.SPEECH_TO_IMAGE:
+        start, after = ("transcript", "image"), {"transcript": ("image",), "image": ("end",)}
+    elif task == Task.TEXT_TO_SPEECH:
+        start, after = ("speech",), {"speech": ("end",)}
+    elif task == Task.CHAT:
+        start, after = ("transcript", "text"), CHAT_AFTER
+    is_recognition = task in (Task.CAPTION, Task.SPEECH_TO_TEXT, Task.QUESTION)
+    return Policy(
+        start=start,
+        after=after,
+        text=config.recognition if is_recognition else config.text,
+        transcript=config.transcript,
+        speech=config.speech,
+        image=config.image,
+        text_budget=config.text_budget,
+        speech_budget_frames=config.speech_budget_frames,
+    )

@@ -1,0 +1,179 @@
+"""Answers as they are made: tokens in runs that grow, sound as soon as a chunk of it is final, and a record of latency.
+
+Nothing waits for the end of an answer. The first run is short, so that the first sound is early; later ones are longer,
+because every run costs one trip between host and device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from aromni_jax.inference.decode import OmniModel, bucket_of, check_request
+from aromni_jax.inference.grammar import Grammar
+from aromni_jax.inference.machine import begin, decode_jitted, extend_jitted
+from aromni_jax.inference.sampling import row_keys
+from aromni_jax.structs import Example, Modality, TokenEvent
+from aromni_jax.vocab import JointVocab
+
+FIRST_RUN, LONGEST_RUN = 4, 32
+"""Tokens of the first run; each later one is twice as long, up to the longest."""
+
+
+def stream_tokens(
+    model: OmniModel,
+    grammar: Grammar,
+    prompt: Example,
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    row_id: int = 0,
+    first_run: int = FIRST_RUN,
+    longest_run: int = LONGEST_RUN,
+) -> Iterator[list[TokenEvent]]:
+    """The tokens that `decode.generate` answers `prompt` with, in runs; stopping to iterate stops the work.
+
+    Raises:
+      ValueError: an empty prompt, or fewer tokens allowed than the shortest answer of its task has.
+    """
+    length = len(prompt.tokens_L)
+    check_request(grammar, prompt, max_new_tokens)
+    is_guided = prompt.task in grammar.guided_tasks
+    width, room = bucket_of(length), bucket_of(max_new_tokens)
+    tokens_RL = np.full((1 + is_guided, width), model.vocab.bos, np.int32)
+    tokens_RL[0, :length] = prompt.tokens_L
+    machine = model.machine
+    state = begin(
+        machine,
+        grammar.start([prompt.task]),
+        np.array([max_new_tokens], np.int32),
+        row_keys(seed, [row_id]),
+        cache_length=width + room,
+        max_new_tokens=room,
+        is_guided=is_guided,
+    )
+    lengths_R = np.array([length, 1][: 1 + is_guided], np.int32)
+    state = extend_jitted(machine, model.params, state, tokens_RL, lengths_R)
+    modality_V, done_S = model.vocab.modality_V, np.asarray(grammar.tables.done_S)
+    run, told = first_run, 0
+    while True:
+        state = decode_jitted(machine, model.params, grammar.tables, state, run)
+        made = int(state.step_B[0])
+        ids = np.asarray(state.tokens_BT[0, told:made])
+        yield [TokenEvent(0, told + i, int(token), Modality(int(modality_V[token]))) for i, token in enumerate(ids)]
+        if done_S[int(state.grammar.state_B[0])]:
+            return
+        told, run = made, min(2 * run, longest_run)
+
+
+class SpeechDecoder(Protocol):
+    """What `SpeechTokenizer.stream_decoder` returns: a state and codes in, a state and sound out."""
+
+    def start(self) -> Any: ...
+
+    def step(self, state: Any, codes_KU: np.ndarray) -> tuple[Any, np.ndarray]: ...
+
+    def finish(self, state: Any) -> np.ndarray: ...
+
+
+class SpeechStream:
+    """Turns tokens into sound as they come: float32 samples that follow one another without a gap.
+
+    Every utterance of an answer starts the codec anew. Tokens that are not speech pass by.
+    """
+
+    def __init__(self, vocab: JointVocab, decoder: SpeechDecoder) -> None:
+        self._vocab, self._decoder = vocab, decoder
+        self._state: Any = None
+        self._rows: list[int] = []
+
+    def push(self, events: list[TokenEvent]) -> np.ndarray:
+        """The samples [T] that these tokens make final."""
+        sound = [np.zeros(0, np.float32)]
+        special = self._vocab.special_ids
+        for event in events:
+            if event.token_id == special["begin_speech"]:
+                self._state = self._decoder.start()
+            elif event.token_id == special["end_speech"]:
+                sound += [self._decode_frames(), self._decoder.finish(self._state)]
+                self._state = None
+            elif self._state is not None:
+                self._rows.append(event.token_id)
+        sound.append(self._decode_frames())
+        return np.concatenate(sound)
+
+    def _decode_frames(self) -> np.ndarray:
+        num_codebooks = len(self._vocab.speech)
+        whole = len(self._rows) // num_codebooks * num_codebooks
+        if not whole:
+            return np.zeros(0, np.float32)
+        codes_KU = self._vocab.rows_to_speech(np.array(self._rows[:whole], np.int32))
+        self._rows = self._rows[whole:]
+        self._state, waveform_T = self._decoder.step(self._state, codes_KU)
+        return waveform_T
+
+
+class LatencyClock:
+    """When tokens and sound of one answer came, as someone who listens would notice it.
+
+    Seconds count from the request. Playing starts with the first sound; an underrun is a chunk that comes after all
+    sound before it has been played, and delays what follows. Definitions: METHOD section 9.
+    """
+
+    def __init__(self, vocab: JointVocab, sample_rate_hz: int, now: Callable[[], float] = time.perf_counter) -> None:
+        self._controls = frozenset(vocab.special_ids.values())
+        self._rate, self._now, self._start = sample_rate_hz, now, now()
+        self._first_token: float | None = None
+        self._first_speech_token: float | None = None
+        self._first_sound: float | None = None
+        self._played_until = 0.0
+        self._tokens = self._samples = self._underruns = 0
+        self._gaps: list[float] = []
+        self._last = self._start
+
+    def heard(self, events: list[TokenEvent], num_samples: int) -> None:
+        """Notes that these tokens, and this much sound, have just come."""
+        now = self._now()
+        if events:
+            self._gaps += [(now - self._last) / len(events)] * len(events)
+            self._last = now
+            self._first_token = now if self._first_token is None else self._first_token
+            if self._first_speech_token is None and any(map(self._is_speech_code, events)):
+                self._first_speech_token = now
+        self._tokens += len(events)
+        if num_samples:
+            if self._first_sound is None:
+                self._first_sound = self._played_until = now
+            elif now > self._played_until:
+                self._underruns += 1
+                self._played_until = now
+            self._played_until += num_samples / self._rate
+        self._samples += num_samples
+
+    def _is_speech_code(self, event: TokenEvent) -> bool:
+        return event.modality == Modality.SPEECH and event.token_id not in self._controls
+
+    def record(self) -> dict[str, Any]:
+        """ftl, ttfa, rtf and what they are made of; None where there was no token or sound."""
+        seconds = self._now() - self._start
+        audio = self._samples / self._rate
+
+        def since_start(moment: float | None) -> float | None:
+            return None if moment is None else moment - self._start
+
+        return {
+            "first_token_seconds": since_start(self._first_token),
+            "ftl_seconds": since_start(self._first_speech_token),
+            "ttfa_seconds": since_start(self._first_sound),
+            "seconds": seconds,
+            "audio_seconds": audio,
+            "rtf": seconds / audio if audio else None,
+            "underruns": self._underruns,
+            "tokens": self._tokens,
+            "tokens_per_second": self._tokens / seconds,
+            "token_seconds_p50": float(np.percentile(self._gaps, 50)) if self._gaps else None,
+            "token_seconds_p99": float(np.percentile(self._gaps, 99)) if self._gaps else None,
+        }

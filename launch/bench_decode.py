@@ -1,0 +1,142 @@
+"""`aromni bench decode`: greedy tokens at batch 1, beside the time it takes to read the weights, and `transformers`.
+
+Both sides answer the same prompt with the same weights on the same cores, or the same GPU, in turn, in processes of
+their own: an export (`--model`), or random weights of `--config`. `text` is what both can do; `speech` (ours) reads the
+speech rows of the output head alone. The limit is the slower of two floors measured in the same run: the bytes of the
+weights that a token needs, cache and activations left out, over the rate at which memory is read, and their products
+over the rate of matrix products. With `--model`, `stream` is how `generate --stream` would speak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from launch.bench_sides import Process, ask, available_cores, started, versions
+from launch.flags import load_config
+
+DEFAULT_CONFIG = "configs/pretrain.py:100m"
+PEER_NAME = "transformers.ChameleonForConditionalGeneration.generate, greedy, its cache"
+PROMPT_TOKENS, ANSWER_TOKENS = 64, 128
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints a line for each way; returns them under the keys of `aromni bench --json`.
+
+    Without torch and transformers the peer's figures are None.
+
+    Raises:
+      ValueError: `--model` is no export, or a side stopped.
+    """
+    cores = available_cores(args.num_cores)
+    has_peer = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    on_cores = ",".join(map(str, cores))
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        directory = args.model or folder
+        if not args.model:
+            (Path(folder) / "model.txt").write_text(repr(_model(args)), encoding="utf-8")
+        ours = stack.enter_context(started("launch.bench_decode_side", ["ours", directory, on_cores]))
+        described = ask(ours, "describe")
+        sides = {"ours": ours}
+        if has_peer:
+            arguments = ["peer", directory, on_cores, described["platform"], described["dtype"]]
+            sides["peer"] = stack.enter_context(started("launch.bench_decode_side", arguments))
+        libraries = versions("jax", *(("torch", "transformers") if has_peer else ()))
+        device = f"{described['device']}, {len(cores)} of {os.cpu_count()} cores; {libraries}"
+        print(f"{device}\n{described['shape']}; {described['parameters']:,} parameters", flush=True)
+        results = _measured(sides, described, args.repeats)
+    for name, result in results.items():
+        result |= {"device": device, "repeats": args.repeats, "shape": described["shape"]}
+        print(_describe(name, result), flush=True)
+    return results
+
+
+def _model(args: argparse.Namespace) -> Any:
+    """The model of a config, in float32 on a CPU: half precision is slower there, for both sides."""
+    model = load_config(args).model
+    fields = {"size": model} if isinstance(model, str) else model.to_dict()
+    if os.environ.get("JAX_PLATFORMS", "").lower() == "cpu":
+        fields["dtype"] = "float32"
+    return fields
+
+
+def _measured(sides: dict[str, Process], described: dict[str, Any], repeats: int) -> dict[str, dict[str, Any]]:
+    ways = [(way, side) for way in ("text", "speech") for side in sides if way in described["bytes"]]
+    ways = [(way, side) for way, side in ways if (way, side) != ("speech", "peer")]
+    for way, side in ways:
+        ask(sides[side], way)  # compilation, and the threads' first work
+    answers: dict[tuple[str, str], list[Any]] = {key: [] for key in ways}
+    peaks, rates = [], []
+    for _ in range(repeats):
+        for way, side in ways:
+            answers[way, side].append(ask(sides[side], way))
+        peaks.append(ask(sides["ours"], "peak"))
+        rates.append(ask(sides["ours"], "bandwidth"))
+    results: dict[str, dict[str, Any]] = {}
+    for way in dict(ways):
+        ours = _rate(answers[way, "ours"])
+        peer = _rate(answers[way, "peer"]) if (way, "peer") in answers else None
+        needed = described["bytes"][way]
+        floors = {"memory": needed / max(rates), "compute": described["flops"][way] / max(peaks)}
+        bound_by = max(floors, key=lambda name: floors[name])
+        results[way] = {
+            "ours": ours,
+            "limit": 1 / floors[bound_by],
+            "peer": peer,
+            "ratio_to_limit": ours * floors[bound_by],
+            "ratio_to_peer": ours / peer if peer else None,
+            "unit": "tokens/s",
+            "peer_name": PEER_NAME if peer else None,
+            "bound_by": bound_by,
+            "bytes_per_token": needed,
+            "memory_bytes_per_second": max(rates),
+            "peak_flops": max(peaks),
+            "first_token_seconds": statistics.median(a["first_token_seconds"] for a in answers[way, "ours"]),
+        }
+    if described["streams"]:
+        ask(sides["ours"], "stream")
+        results["stream"] = _median_record([ask(sides["ours"], "stream") for _ in range(repeats)])
+    return results
+
+
+def _rate(answers: list[dict[str, float]]) -> float:
+    """Tokens a second after the first, of the median answer."""
+    return statistics.median(answer["tokens"] / answer["seconds"] for answer in answers)
+
+
+def _median_record(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The latency of each kind, the median over answers; the sum of underruns."""
+    names = [name for name, value in records[0].items() if isinstance(value, (int, float))]
+    record = {name: statistics.median(r[name] for r in records) for name in names}
+    total = sum(r["underruns"] for r in records)
+    empty = dict.fromkeys(("limit", "peer", "ratio_to_limit", "ratio_to_peer", "peer_name"))
+    return (
+        empty
+        | {"ours": record["rtf"], "unit": "seconds of computing per second of sound"}
+        | record
+        | {"underruns": total}
+    )
+
+
+def _describe(name: str, result: dict[str, Any]) -> str:
+    if name == "stream":
+        return (
+            f"stream: first token after {1e3 * result['first_token_seconds']:.0f} ms, first sound after "
+            f"{1e3 * result['ttfa_seconds']:.0f} ms, real-time factor {result['rtf']:.3f}, "
+            f"{result['underruns']} underruns in {result['repeats']} answers of {result['audio_seconds']:.1f} s"
+        )
+    line = (
+        f"{name}: {result['ours']:.1f} tokens/s, {result['ratio_to_limit']:.0%} of {result['limit']:.1f} (bound by "
+        f"{result['bound_by']}: {result['bytes_per_token'] / 1e6:,.0f} MB a token at "
+        f"{result['memory_bytes_per_second'] / 1e9:.1f} GB/s); first token after "
+        f"{1e3 * result['first_token_seconds']:.0f} ms"
+    )
+    if result["peer"]:
+        line += f"\n  peer {result['peer']:.1f}: ratio {result['ratio_to_peer']:.2f}"
+    return line

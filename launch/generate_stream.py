@@ -1,0 +1,98 @@
+"""`aromni generate --stream`: each answer on the terminal and in its WAV file while it is being made."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile
+
+from aromni_jax.inference.decode import bucket_of
+from aromni_jax.inference.streaming import LatencyClock, SpeechStream, stream_tokens
+from aromni_jax.structs import Modality, Part, TokenEvent
+from aromni_jax.tokenizers import joint
+
+if TYPE_CHECKING:
+    from launch.generate import Asked
+    from launch.loading import LoadedModel
+
+_RUNS_TO_WARM = 5
+"""Enough for a run of every length, and so for every size of chunk that the codec compiles."""
+
+Answers = tuple[list[tuple[Part, ...]], list[dict[str, Any]]]
+"""(parts, latency record) of every answer."""
+
+
+def stream_answers(loaded: LoadedModel, asked: Asked, stems: list[str], output: pathlib.Path, seed: int) -> Answers:
+    """Answers one request after the other, with the tokens that `answer` would give them all together.
+
+    Sound is in `STEM.wav` up to the last chunk whenever the command is stopped. Of the first answer of each shape the
+    beginning is made once before, unheard, so that no latency counts a compilation.
+    """
+    warm: set[tuple[int, ...]] = set()
+    parts, records = [], []
+    for row, (prompt, stem) in enumerate(zip(asked.prompts, stems, strict=True)):
+        shape = (bucket_of(len(prompt.tokens_L)), asked.limits[prompt.task], prompt.task)
+        if shape not in warm:
+            _stream(loaded, asked, row, seed, None, most_runs=_RUNS_TO_WARM)
+            warm.add(shape)
+        answer, record = _stream(loaded, asked, row, seed, output / f"{stem}.wav")
+        parts.append(answer)
+        records.append(record)
+    return parts, records
+
+
+def _stream(
+    loaded: LoadedModel, asked: Asked, row: int, seed: int, path: pathlib.Path | None, most_runs: int | None = None
+) -> tuple[tuple[Part, ...], dict[str, Any]]:
+    """One answer, or its first runs; `path` is where its sound goes, if there is any. Without one nothing is shown."""
+    prompt, vocab, codec = asked.prompts[row], loaded.model.vocab, loaded.bundle.speech
+    speech = SpeechStream(vocab, codec.stream_decoder()) if codec else None
+    clock = LatencyClock(vocab, codec.sample_rate_hz if codec else 1)
+    typed = _Typing(loaded) if path else None
+    events: list[TokenEvent] = []
+    runs = stream_tokens(
+        loaded.model, asked.grammar, prompt, max_new_tokens=asked.limits[prompt.task], seed=seed, row_id=row
+    )
+    with contextlib.ExitStack() as stack:
+        file: soundfile.SoundFile | None = None
+        for run in itertools.islice(runs, most_runs):
+            sound = speech.push(run) if speech else np.zeros(0, np.float32)
+            clock.heard(run, len(sound))
+            events += run
+            if typed:
+                typed.show(run)
+            if len(sound) and path and codec:
+                if file is None:
+                    opened = soundfile.SoundFile(path, "w", codec.sample_rate_hz, channels=1, subtype="PCM_16")
+                    file = stack.enter_context(opened)
+                file.write(sound)
+                file.flush()
+    if typed:
+        print(flush=True)
+    ids = [event.token_id for event in events]
+    return joint.parts_of(ids, vocab, loaded.bundle.text), clock.record()
+
+
+class _Typing:
+    """Prints text as its tokens come; a character of several tokens appears when it is whole."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._vocab, self._tokenizer = loaded.model.vocab, loaded.bundle.text
+        self._controls = frozenset(self._vocab.special_ids.values())
+        self._rows: list[int] = []
+        self._shown = ""
+
+    def show(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            if event.token_id in self._controls:
+                self._rows, self._shown = [], ""
+            elif event.modality == Modality.TEXT:
+                self._rows.append(event.token_id)
+        text = self._tokenizer.decode(self._vocab.rows_to_text(np.array(self._rows, np.int32)))
+        if text.startswith(self._shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(self._shown) :], end="", flush=True)
+            self._shown = text
