@@ -1,4 +1,4 @@
-"""`aromni import`: a Hugging Face Chameleon directory becomes a workdir with one checkpoint, to train on or decode."""
+"""`aromni import`: published Chameleon weights become a workdir with one checkpoint, to train on or decode."""
 
 from __future__ import annotations
 
@@ -8,32 +8,71 @@ import json
 import os
 import pathlib
 import shutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aromni_jax.interop.chameleon import ChameleonDirectory
+    from aromni_jax.interop.stored_model import Rotary
+    from aromni_jax.vocab import JointVocab
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `aromni import`."""
     parser.add_argument(
-        "--source", required=True, metavar="DIR", help="Hugging Face Chameleon, Anole or AR-Omni directory"
+        "--source",
+        required=True,
+        metavar="DIR",
+        help="Hugging Face Chameleon, Anole or AR-Omni directory, or Meta's folder with params.json",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="workdir to create; init_from takes it")
+    parser.add_argument(
+        "--tokenizers",
+        metavar="DIR",
+        help="vocab.json and tokenizers of a source that has none; text/, image/, speech/ alone speak Chameleon's rows",
+    )
+    parser.add_argument(
+        "--rotary",
+        choices=("half_split", "interleaved"),
+        help="order of query and key rows, where the source cannot say (the error asks for it)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Imports, and prints what can be done with the result."""
-    step, left_out = import_directory(args.source, args.output)
-    print(f"{args.output}: checkpoint of step {step}; train from it with --config.init_from={args.output}")
-    if left_out:
-        print(f"left out: {len(left_out)} tensors of the source's own image tokenizer ({left_out[0]}, ...)")
+    """Imports, and prints what was found and what can be done with the result."""
+    opened = import_directory(args.source, args.output, tokenizers=args.tokenizers, rotary=args.rotary)
+    model, rotary = opened.model, opened.rotary.replace("_", "-")
+    print(
+        f"{args.source}: {opened.layout}, {model.num_layers} layers of width {model.d_model}, "
+        f"{'Swin-Norm' if model.norm_position == 'swin' else 'pre-norm'}, QK-norm, {rotary} rotation, {opened.dtype}"
+    )
+    if opened.assumed_vocab:
+        print(f"nothing says what the {model.vocab_size} rows mean: taken as those of Chameleon and AR-Omni")
+    print(f"{args.output}: checkpoint of step {opened.provenance.step}; train from it with", end=" ")
+    print(f"--config.init_from={args.output}")
+    if opened.left_out:
+        print(
+            f"left out: {len(opened.left_out)} tensors of the source's own image tokenizer ({opened.left_out[0]}, ...)"
+        )
     return 0
 
 
-def import_directory(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> tuple[int, tuple[str, ...]]:
+def import_directory(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    tokenizers: str | os.PathLike[str] | None = None,
+    rotary: Rotary | None = None,
+) -> ChameleonDirectory:
     """Writes workdir `output` with the weights of `source` in the dtype they are stored in.
 
     Tensors are read one by one; the checkpoint that is written holds the whole model in memory once.
 
+    Args:
+      tokenizers: directory with `vocab.json`, tokenizers or both, for a source that has none of its own.
+      rotary: as `ChameleonDirectory`.
+
     Returns:
-      (step of the checkpoint, names of tensors that were left out).
+      What was imported.
 
     Raises:
       ValueError: `source` is not a Chameleon directory our decoder can compute, or `output` is taken.
@@ -47,7 +86,8 @@ def import_directory(source: str | os.PathLike[str], output: str | os.PathLike[s
     from aromni_jax.train import workdir as workdirs
     from aromni_jax.train.checkpoint import Checkpointer, RunFacts
 
-    opened = ChameleonDirectory(pathlib.Path(source))
+    given = pathlib.Path(tokenizers) if tokenizers is not None else None
+    opened = ChameleonDirectory(pathlib.Path(source), vocabulary_of(given) if given else None, rotary)
     fields = dataclasses.asdict(opened.model)
     # The two fields that follow from vocabulary and weights are derived again wherever the config is read.
     model = {name: value for name, value in fields.items() if name not in ("vocab_size", "perceptual_dim")}
@@ -72,16 +112,56 @@ def import_directory(source: str | os.PathLike[str], output: str | os.PathLike[s
             checkpointer.save(opened.provenance.step, {"params": params}, facts)
         finally:
             checkpointer.close()
-        tokenizers = directory / workdirs.TOKENIZERS
-        if opened.tokenizers is not None:
-            shutil.copytree(opened.tokenizers, tokenizers)
+        beside = directory / workdirs.TOKENIZERS
+        origin = opened.tokenizers or given
+        if origin is not None:
+            shutil.copytree(origin, beside)
         else:
-            tokenizers.mkdir()
-        (tokenizers / "vocab.json").write_text(opened.vocab.to_json(), encoding="utf-8")
+            beside.mkdir()
+        (beside / "vocab.json").write_text(opened.vocab.to_json(), encoding="utf-8")
         (directory / workdirs.CONFIG_FILE).write_text(
             json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
-    return opened.provenance.step, opened.left_out
+    return opened
+
+
+def vocabulary_of(tokenizers: pathlib.Path) -> JointVocab:
+    """The vocabulary in `tokenizers`; without a `vocab.json`, the released rows of the tokenizers that are there.
+
+    A Chameleon without speech (Anole) has the same rows as AR-Omni: those of speech codes then mean nothing.
+
+    Raises:
+      FileNotFoundError: neither `vocab.json` nor `text/`.
+      ValueError: a file is damaged, or a tokenizer has more codes than the released layout has rows for it.
+    """
+    from aromni_jax.tokenizers.bundle import TokenizerBundle
+    from aromni_jax.vocab import JointVocab
+
+    file = tokenizers / "vocab.json"
+    if file.is_file():
+        return JointVocab.from_json(file.read_text(encoding="utf-8"))
+    bundle = TokenizerBundle.from_parts(tokenizers)
+    vocab = JointVocab.released(bundle.fingerprints)
+    assert vocab.image is not None
+    if bundle.image:
+        _check_codebooks(tokenizers / "image", [bundle.image.num_codes], [vocab.image.size])
+    if bundle.speech:
+        codebooks = [bundle.speech.num_codes] * bundle.speech.num_codebooks
+        _check_codebooks(tokenizers / "speech", codebooks, [span.size for span in vocab.speech])
+    return dataclasses.replace(
+        vocab,
+        image=vocab.image if bundle.image else None,
+        tokens_per_image=bundle.image.tokens_per_image if bundle.image else 0,
+        speech=vocab.speech if bundle.speech else (),
+    )
+
+
+def _check_codebooks(path: pathlib.Path, codes: list[int], rows: list[int]) -> None:
+    if codes != rows:
+        raise ValueError(
+            f"{path} has codebooks of {codes} codes, Chameleon's layout has {rows} rows for them; leave it out, or give "
+            "a vocab.json that says which rows they have"
+        )
 
 
 if __name__ == "__main__":

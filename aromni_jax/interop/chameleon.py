@@ -1,4 +1,4 @@
-"""Hugging Face Chameleon directories: writing one from our parameters, and reading one as if it were ours.
+"""Chameleon directories: writing Hugging Face's from our parameters, and reading published ones as if they were ours.
 
 Both ends are a `TensorSource`: a checkpoint, a tree in memory and a Chameleon directory all answer "the q projection of
 layer 3", in our layout. Export reads a source one tensor at a time; import is the same question asked of a directory.
@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import safetensors
 
 import aromni_jax
 from aromni_jax.config import from_mapping
 from aromni_jax.interop import names
 from aromni_jax.interop.chameleon_config import (
     ARCHITECTURE_FIELDS,
-    architecture_of,
     generation_config,
     model_card,
     to_chameleon,
 )
-from aromni_jax.interop.container import DTYPES, INDEX_NAME, whole_directory, write_file, write_shards
+from aromni_jax.interop.container import DTYPES, whole_directory, write_file, write_shards
+from aromni_jax.interop.stored_model import Rotary, open_stored
+from aromni_jax.interop.weight_files import read_json, safetensors_entries
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.vocab import JointVocab
 
@@ -34,6 +34,7 @@ EXTRA_FILE = "aromni_extra.safetensors"
 METADATA_FILE = "aromni.json"
 TOKENIZERS_DIR = "tokenizers"
 IMAGE_TOKENIZER_PREFIX = "model.vqmodel."
+_QK_NORMS = ("layers/attention/q_norm/", "layers/attention/k_norm/")
 
 
 class TensorSource(Protocol):
@@ -173,23 +174,21 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} is not a Hugging Face Chameleon directory: it has no {path.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch or export the directory again") from None
-
-
 class ChameleonDirectory:
-    """A Chameleon directory (our export, Chameleon, Anole, AR-Omni) as a `TensorSource` in our layout.
+    """A directory of Chameleon weights as a `TensorSource` in our layout.
 
-    Names and shapes are checked on opening; values are read when asked for. A directory whose QK-norm has one vector
-    for all heads comes from the lineage that rotates interleaved features (Meta's and the AR-Omni authors' code); its
-    query and key rows are reordered on the way, which changes no logit.
+    Our exports, Chameleon, Anole and AR-Omni as Hugging Face directories (safetensors or torch), and Meta's own layout.
+    Names and shapes are checked on opening; values are read when asked for. Query and key rows that are stored for
+    interleaved rotation (`stored_model`) are reordered on the way, which changes no logit.
+
+    Args:
+      vocab: what the rows mean, for a directory that does not say; without it, Chameleon's 65,536 rows have the layout
+        of the released weights.
+      rotary: order of query and key rows, for the few directories that cannot say (`stored_model.open_stored`).
 
     Attributes:
+      layout, rotary: what kind of directory it is, in words, and the order of its query and key rows.
+      assumed_vocab: True where the source does not say what its rows mean, and nobody else did.
       model, vocab, provenance: what the directory holds.
       dtype: what `read` gives: "bfloat16" where every tensor is stored so, else "float32" (exact for all that is read).
       tokenizers: its `tokenizers/`, or None.
@@ -200,100 +199,74 @@ class ChameleonDirectory:
         the config that our decoder cannot honour.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, vocab: JointVocab | None = None, rotary: Rotary | None = None) -> None:
         self.directory = Path(directory)
-        config = _read_json(self.directory / "config.json")
-        architecture = architecture_of(config)
-        metadata_path = self.directory / METADATA_FILE
-        metadata = _read_json(metadata_path) if metadata_path.exists() else None
-        self.model, self.vocab, self.provenance = self._describe(config, architecture, metadata)
+        self._stored = open_stored(self.directory, rotary)
+        self.layout, self.rotary = self._stored.layout, self._stored.rotary
+        self.assumed_vocab = vocab is None and not (self.directory / METADATA_FILE).exists()
+        self.model, self.vocab, self.provenance = self._describe(vocab)
         tokenizers = self.directory / TOKENIZERS_DIR
         self.tokenizers = tokenizers if tokenizers.is_dir() else None
-        self._files = self._find_files()
-        found, dtypes, self._file_of = self._scan()
-        self.left_out = tuple(name for name in found if name.startswith(IMAGE_TOKENIZER_PREFIX))
+        self._tensors = dict(self._stored.tensors)
+        if (self.directory / EXTRA_FILE).exists():
+            self._tensors |= safetensors_entries(self.directory / EXTRA_FILE)
+        self.left_out = tuple(name for name in self._tensors if name.startswith(IMAGE_TOKENIZER_PREFIX))
         self._dims = names.dimensions(self.model)
         self._rules = {rule.path: rule for rule in names.rules(self.model)}
-        query_norm = self._rules["layers/attention/q_norm/scale"].their_name(0)
-        self._interleaved = len(found.get(query_norm, ())) == 1
         check_shapes(
-            {name: shape for name, shape in found.items() if name not in self.left_out},
+            {name: tensor.shape for name, tensor in self._tensors.items() if name not in self.left_out},
             {
-                rule.their_name(layer): self._stored_shape(rule)
+                self._name(rule, layer): self._stored_shape(rule)
                 for rule in self._rules.values()
                 for layer in names.layers_of(rule, self.model)
             },
             str(self.directory),
         )
-        self.dtype: Literal["float32", "bfloat16"] = "bfloat16" if set(dtypes) == {"BF16"} else "float32"
+        used = {tensor.dtype for name, tensor in self._tensors.items() if name not in self.left_out}
+        self.dtype: Literal["float32", "bfloat16"] = "bfloat16" if used == {DTYPES["bfloat16"][1]} else "float32"
 
-    def _describe(
-        self, config: Mapping[str, Any], architecture: dict[str, Any], metadata: Mapping[str, Any] | None
-    ) -> tuple[ModelConfig, JointVocab, Provenance]:
-        if metadata is None:
-            vocab = JointVocab.released()
+    def _describe(self, given: JointVocab | None) -> tuple[ModelConfig, JointVocab, Provenance]:
+        architecture = self._stored.architecture
+        path = self.directory / METADATA_FILE
+        if not path.exists():
+            vocab = given or JointVocab.released()
             if architecture["vocab_size"] != vocab.size:
+                what = "the given vocabulary has" if given else f"it has no {METADATA_FILE}, and Chameleon's layout has"
                 raise ValueError(
-                    f"{self.directory} has no {METADATA_FILE} and {architecture['vocab_size']} rows of vocabulary: "
-                    f"what its ids mean is unknown (Chameleon's layout has {vocab.size} rows)"
+                    f"{self.directory} has {architecture['vocab_size']} rows of vocabulary, of which nothing says what "
+                    f"they mean: {what} {vocab.size} rows; name a directory with its vocab.json with --tokenizers"
                 )
-            positions = int(config.get("max_position_embeddings", 4096))
             model = from_mapping(ModelConfig, {**architecture, "perceptual_dim": 0})
-            return model, vocab, Provenance(step=0, max_positions=positions)
+            return model, vocab, Provenance(step=0, max_positions=self._stored.max_positions)
+        metadata = read_json(path)
         try:
             model = from_mapping(ModelConfig, metadata["model"])
             vocab = JointVocab.from_json(json.dumps(metadata["vocab"]))
             fields = [field.name for field in dataclasses.fields(Provenance)]
             provenance = Provenance(**{name: metadata[name] for name in fields})
-            vocab.check_fingerprint(metadata["vocab_fingerprint"], str(self.directory / METADATA_FILE))
+            vocab.check_fingerprint(metadata["vocab_fingerprint"], str(path))
         except KeyError as error:
-            raise ValueError(f"{self.directory / METADATA_FILE} lacks {error}; export the model again") from None
+            raise ValueError(f"{path} lacks {error}; export the model again") from None
         for field in ARCHITECTURE_FIELDS:
             if getattr(model, field) != architecture[field]:
                 raise ValueError(
                     f"{self.directory}: config.json says {field} = {architecture[field]!r}, {METADATA_FILE} "
                     f"{getattr(model, field)!r}; one of them was edited, export the model again"
                 )
+        if given is not None and given.fingerprint != vocab.fingerprint:
+            raise ValueError(
+                f"{path} already says what the rows mean (vocabulary {vocab.fingerprint}), the given tokenizers have "
+                f"vocabulary {given.fingerprint}; leave --tokenizers out"
+            )
         return model, vocab, provenance
 
-    def _find_files(self) -> list[Path]:
-        index = self.directory / INDEX_NAME
-        if index.exists():
-            files = [self.directory / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-        else:
-            files = [self.directory / "model.safetensors"]
-        files += [self.directory / EXTRA_FILE] if (self.directory / EXTRA_FILE).exists() else []
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(f"{self.directory} lacks {', '.join(missing)}; fetch or export it again")
-        return files
-
-    def _scan(self) -> tuple[dict[str, tuple[int, ...]], set[str], dict[str, Path]]:
-        """Shapes by name, container dtypes that occur, and the file each name is in; reads headers only."""
-        readable = {"F16", *(code for code, _ in DTYPES.values())}
-        shapes: dict[str, tuple[int, ...]] = {}
-        dtypes: set[str] = set()
-        file_of: dict[str, Path] = {}
-        for file in self._files:
-            try:
-                with safetensors.safe_open(file, "numpy") as handle:
-                    for name in handle.keys():
-                        tensor = handle.get_slice(name)
-                        shapes[name] = tuple(tensor.get_shape())
-                        file_of[name] = file
-                        dtypes.add(tensor.get_dtype())
-            except safetensors.SafetensorError as error:
-                raise ValueError(f"{file} cannot be read ({error}): fetch or export it again") from None
-        if dtypes - readable:
-            raise ValueError(
-                f"{self.directory} stores weights as {', '.join(sorted(dtypes - readable))}; only "
-                f"{', '.join(sorted(readable))} can be read"
-            )
-        return shapes, dtypes, file_of
+    def _name(self, rule: names.TensorRule, layer: int | None) -> str:
+        name = rule.their_name(layer)
+        return name if rule.is_extra else self._stored.name_of(name)
 
     def _stored_shape(self, rule: names.TensorRule) -> tuple[int, ...]:
-        if self._interleaved and ("/q_norm/" in rule.path or "/k_norm/" in rule.path):
-            return (self.model.head_dim,)
+        if self._stored.norm_lead is not None and rule.path.startswith(_QK_NORMS):
+            return (*self._stored.norm_lead, self.model.head_dim)
         return rule.their_shape(self._dims)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -307,12 +280,10 @@ class ChameleonDirectory:
             for index in range(self.model.num_layers):
                 stacked[index] = self.read(path, index)
             return stacked
-        name = rule.their_name(layer)
-        with safetensors.safe_open(self._file_of[name], "numpy") as handle:
-            tensor = handle.get_tensor(name)
-        if self._interleaved and path.startswith(("layers/attention/q", "layers/attention/k")):
+        tensor = self._tensors[self._name(rule, layer)].read()
+        if self.rotary == "interleaved" and path.startswith(("layers/attention/q", "layers/attention/k")):
             heads = self._dims["N" if path.startswith("layers/attention/q") else "K"]
-            deinterleave = names.deinterleave_norm if "_norm/" in path else names.deinterleave_rows
+            deinterleave = names.deinterleave_norm if path.startswith(_QK_NORMS) else names.deinterleave_rows
             tensor = deinterleave(tensor, heads)
         return rule.to_ours(tensor, self._dims).astype(dtype, copy=False)
 

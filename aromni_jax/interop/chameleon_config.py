@@ -29,6 +29,7 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "tie_word_embeddings": (False,),
     "rope_scaling": (None,),
+    "qk_layernorm": (True, None),
 }
 """Keys of a foreign config and the values our decoder can honour; an absent key has the first one."""
 

@@ -157,6 +157,11 @@ def deinterleave_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:
     return np.swapaxes(heads, 1, 2).reshape(weight.shape)
 
 
-def deinterleave_norm(vector_H: np.ndarray, num_heads: int) -> np.ndarray:
-    """A QK-norm vector shared by all heads, interleaved, becomes one half-split row per head: [H] -> [num_heads, H]."""
-    return np.broadcast_to(vector_H.reshape(-1, 2).T.reshape(-1), (num_heads, vector_H.size))
+def deinterleave_norm(vectors: np.ndarray, num_heads: int) -> np.ndarray:
+    """Interleaved QK-norm vectors become one half-split row per head: [H] or [S, H] -> [num_heads, H].
+
+    Each of S vectors, S a divisor of `num_heads`, is shared by as many neighbouring heads.
+    """
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    half_split = np.swapaxes(rows.reshape(len(rows), -1, 2), 1, 2).reshape(rows.shape)
+    return np.repeat(half_split, num_heads // len(rows), axis=0)

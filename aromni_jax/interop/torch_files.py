@@ -113,9 +113,12 @@ def read_torch_file(path: str | Path) -> Any:
                 raise ValueError(f"{path} was written on a big-endian machine; save it again on a little-endian one")
             content = archive.read(pickles[0])
     except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"{path} is not a zip file of torch.save ({error}); load one from before torch 1.6 there and save it again"
-        ) from error
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"
+        remedy = (
+            "it is cut short, fetch it again" if is_zip else "load one from before torch 1.6 there and save it again"
+        )
+        raise ValueError(f"{path} is not a zip file of torch.save ({error}); {remedy}") from error
     try:
         return _Interpreter(path, root, sizes).run(content)
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
