@@ -132,7 +132,7 @@ def vocabulary_of(tokenizers: pathlib.Path) -> JointVocab:
 
     Raises:
       FileNotFoundError: neither `vocab.json` nor `text/`.
-      ValueError: a file is damaged, or a tokenizer has more codes than the released layout has rows for it.
+      ValueError: a file is damaged, or a tokenizer is not one that speaks the released rows.
     """
     from aromni_jax.tokenizers.bundle import TokenizerBundle
     from aromni_jax.vocab import JointVocab
@@ -143,6 +143,12 @@ def vocabulary_of(tokenizers: pathlib.Path) -> JointVocab:
     bundle = TokenizerBundle.from_parts(tokenizers)
     vocab = JointVocab.released(bundle.fingerprints)
     assert vocab.image is not None
+    if getattr(bundle.text, "text_ids", None) != (vocab.text.start, vocab.text.stop):
+        raise ValueError(
+            f"{tokenizers / 'text'} is not the text tokenizer of Chameleon, whose ids are the rows from "
+            f"{vocab.text.start} on; import that one with aromni tokenizer import, or give a vocab.json that says "
+            "which rows this one has"
+        )
     if bundle.image:
         _check_codebooks(tokenizers / "image", [bundle.image.num_codes], [vocab.image.size])
     if bundle.speech:
@@ -159,8 +165,8 @@ def vocabulary_of(tokenizers: pathlib.Path) -> JointVocab:
 def _check_codebooks(path: pathlib.Path, codes: list[int], rows: list[int]) -> None:
     if codes != rows:
         raise ValueError(
-            f"{path} has codebooks of {codes} codes, Chameleon's layout has {rows} rows for them; leave it out, or give "
-            "a vocab.json that says which rows they have"
+            f"{path} has codebooks of {codes} codes, Chameleon's layout has {rows} rows; leave it out, or give a "
+            "vocab.json that says which rows they have"
         )
 
 

@@ -46,7 +46,6 @@ _TABLE: dict[str, tuple[str, Join]] = {
 """Name of transformers -> (Meta's name, how the parts of the ranks make the whole). `mean`: all ranks hold the tensor,
 and transformers takes their mean, which is the tensor itself where they are equal."""
 _JOINS: dict[str, Join] = dict(_TABLE.values())
-_OUTER = ("tok_embeddings.", "norm.", "output.")
 _DERIVED = "rope.freqs"
 """A buffer that follows from the parameters; in Anole's files it is there and None."""
 
@@ -160,11 +159,10 @@ def consolidated_entries(directory: Path) -> tuple[dict[str, LazyTensor], int]:
     joined: dict[str, LazyTensor] = {}
     for name in ranks[0]:
         # An unknown name is kept as it is, to be named by the check of names and shapes.
-        join = _JOINS.get(re.sub(r"\.\d+\.", ".{}.", name), "mean")
-        shape = ranks[0][name].shape
-        if name.startswith(("layers.", *_OUTER)) and len(shape) != (2 if join in ("rows", "columns") else 1):
+        join, shape = _JOINS.get(re.sub(r"\.\d+\.", ".{}.", name)), ranks[0][name].shape
+        if join and len(shape) != (2 if join in ("rows", "columns") else 1):
             raise ValueError(f"{directory}: {name} has shape {list(shape)}, which has a dimension too many or too few")
-        joined[name] = JoinedTensor(tuple(rank[name] for rank in ranks), join)
+        joined[name] = JoinedTensor(tuple(rank[name] for rank in ranks), join or "mean")
     return joined, len(files)
 
 

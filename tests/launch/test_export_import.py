@@ -73,7 +73,8 @@ def test_export_of_the_moving_average(tmp_path):
 def test_export_import_export_of_a_workdir_is_bit_identical(tmp_path, dtype):
     make_workdir(tmp_path / "run", ema=True)
     export_workdir(tmp_path / "run", tmp_path / "first", dtype=dtype, ema=True, max_shard_bytes=20_000)
-    assert import_directory(tmp_path / "first", tmp_path / "imported") == (5, ())
+    opened = import_directory(tmp_path / "first", tmp_path / "imported")
+    assert (opened.provenance.step, opened.left_out, opened.assumed_vocab) == (5, (), False)
     export_workdir(tmp_path / "imported", tmp_path / "second", dtype=dtype, max_shard_bytes=20_000)
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -13,11 +12,12 @@ import transformers
 
 from aromni_jax.config import TrainConfig, from_mapping
 from aromni_jax.interop.chameleon import ChameleonDirectory, Provenance, TreeSource, export_chameleon
-from aromni_jax.models.decoder import Decoder
 from launch.export import export_workdir
 from launch.flags import load_config
 from launch.import_ import import_directory
 from launch.train import run_training
+from tests.fixtures.logits import our_logits
+from tests.fixtures.published_weights import logits
 from tests.fixtures.small_models import random_params, small_model, small_vocab
 
 TOLERANCE = 1e-4
@@ -35,20 +35,6 @@ def token_ids(rows: int = 2, length: int = 21) -> np.ndarray:
     return np.random.default_rng(3).integers(0, small_vocab().size, (rows, length)).astype(np.int32)
 
 
-def our_logits(model, params, ids_BL: np.ndarray) -> np.ndarray:
-    positions_BL = np.broadcast_to(np.arange(ids_BL.shape[1], dtype=np.int32), ids_BL.shape)
-    decoder = Decoder(model)
-    variables = {"params": jax.tree.map(jnp.asarray, params)}
-
-    @jax.jit
-    def run(variables):
-        hidden_BLD = decoder.apply(variables, ids_BL, positions_BL, np.ones_like(ids_BL))
-        return decoder.apply(variables, hidden_BLD, method=Decoder.logits)
-
-    with jax.default_matmul_precision("highest"):
-        return np.asarray(run(variables))
-
-
 def their_model(directory, dtype=torch.float32):
     model, loading = transformers.ChameleonForConditionalGeneration.from_pretrained(
         directory, dtype=dtype, output_loading_info=True
@@ -56,12 +42,6 @@ def their_model(directory, dtype=torch.float32):
     assert not loading["unexpected_keys"] and not loading["mismatched_keys"]
     assert all(name.startswith("model.vqmodel.") for name in loading["missing_keys"])
     return model.eval()
-
-
-def their_logits(model, ids_BL: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        hidden = model.model(input_ids=torch.from_numpy(ids_BL.astype(np.int64))).last_hidden_state
-        return model.lm_head(hidden).float().numpy()
 
 
 def export(model, params, directory, dtype="float32", **options):
@@ -75,7 +55,7 @@ def test_logits_equal_transformers(tmp_path, name):
     params = random_params(model)
     export(model, params, tmp_path / "out", max_shard_bytes=40_000)
     ids_BL = token_ids()
-    expected = their_logits(their_model(tmp_path / "out"), ids_BL)
+    expected = logits(their_model(tmp_path / "out"), ids_BL)
     assert expected.std() > 0.1, "logits without spread would hide a difference"
     np.testing.assert_allclose(our_logits(model, params, ids_BL), expected, atol=TOLERANCE, rtol=0)
 
@@ -85,7 +65,7 @@ def test_the_comparison_sees_a_norm_in_the_wrong_place(tmp_path):
     model = small_model(norm_position="swin")
     params = random_params(model)
     export(model, params, tmp_path / "out")
-    expected = their_logits(their_model(tmp_path / "out"), token_ids())
+    expected = logits(their_model(tmp_path / "out"), token_ids())
     assert np.abs(our_logits(small_model(norm_position="pre"), params, token_ids()) - expected).max() > 100 * TOLERANCE
 
 
@@ -95,8 +75,8 @@ def test_class_logits_are_not_masked(tmp_path):
     params = random_params(model)
     export(model, params, tmp_path / "out")
     with torch.no_grad():
-        logits = their_model(tmp_path / "out")(input_ids=torch.from_numpy(token_ids().astype(np.int64))).logits
-    np.testing.assert_allclose(logits.numpy(), our_logits(model, params, token_ids()), atol=TOLERANCE, rtol=0)
+        found = their_model(tmp_path / "out")(input_ids=torch.from_numpy(token_ids().astype(np.int64))).logits
+    np.testing.assert_allclose(found.numpy(), our_logits(model, params, token_ids()), atol=TOLERANCE, rtol=0)
 
 
 def test_bfloat16_export_holds_the_rounded_weights(tmp_path):
@@ -106,7 +86,7 @@ def test_bfloat16_export_holds_the_rounded_weights(tmp_path):
     opened = ChameleonDirectory(tmp_path / "out")
     assert opened.dtype == "bfloat16"
     rounded = jax.tree.map(lambda leaf: leaf.astype(np.float32), opened.params())
-    expected = their_logits(their_model(tmp_path / "out"), token_ids())
+    expected = logits(their_model(tmp_path / "out"), token_ids())
     np.testing.assert_allclose(our_logits(model, rounded, token_ids()), expected, atol=TOLERANCE, rtol=0)
 
 
@@ -139,7 +119,7 @@ def test_logits_equal_transformers_after_training(tmp_path, norm_position, num_k
     ids_BL = np.random.default_rng(0).integers(0, result.vocab.size, (2, 33)).astype(np.int32)
     params = jax.device_get(result.state.params)
     assert np.abs(params["layers"]["mlp_norm"]["scale"] - 1).max() > 1e-4, "training moved the norms"
-    expected = their_logits(their_model(tmp_path / "out"), ids_BL)
+    expected = logits(their_model(tmp_path / "out"), ids_BL)
     np.testing.assert_allclose(our_logits(result.model, params, ids_BL), expected, atol=TOLERANCE, rtol=0)
 
     import_directory(tmp_path / "out", tmp_path / "imported")

@@ -22,6 +22,7 @@ from aromni_jax.tokenizers.huggingface_text import HuggingFaceText
 from aromni_jax.tokenizers.prompts import load_templates
 from aromni_jax.tokenizers.text import load_text_tokenizer
 from aromni_jax.vocab import JointVocab
+from launch.import_ import vocabulary_of
 
 CONTROL = ["<s>", "</s>", "<pad>", "<racm3:break>", "STOP"]
 
@@ -281,3 +282,16 @@ def test_files_that_are_none(raw, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match="pip install tokenizers"):
         ours(raw)
+
+
+def test_imported_weights_get_the_released_rows_of_the_tokenizers_beside_them(raw, tmp_path):
+    """Text alone, as for a Chameleon that speaks not: the rows stay, those of pictures and speech mean nothing."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(in_released_rows(raw)))
+    HuggingFaceText.from_published(tmp_path).save(tmp_path / "text")
+    vocab, released = vocabulary_of(tmp_path), JointVocab.released()
+    assert (vocab.size, vocab.text, vocab.specials) == (released.size, released.text, released.specials)
+    assert (vocab.image, vocab.tokens_per_image, vocab.speech) == (None, 0, ())
+    bundle = TokenizerBundle.from_parts(tmp_path)
+    assert dict(vocab.tokenizer_fingerprints) == bundle.fingerprints
+    ids = bundle.text.encode("a red circle")
+    np.testing.assert_array_equal(vocab.text_to_rows(ids), ids)
