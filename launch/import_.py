@@ -8,9 +8,12 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import jax
+
     from aromni_jax.interop.chameleon import ChameleonDirectory
     from aromni_jax.interop.stored_model import Rotary
     from aromni_jax.vocab import JointVocab
@@ -65,7 +68,8 @@ def import_directory(
 ) -> ChameleonDirectory:
     """Writes workdir `output` with the weights of `source` in the dtype they are stored in.
 
-    Tensors are read one by one; the checkpoint that is written holds the whole model in memory once.
+    Tensors are read one by one, into files that stand in for memory until the checkpoint is written: beside the page
+    cache, this takes as much memory as two copies of the largest parameter, all layers of it.
 
     Args:
       tokenizers: directory with `vocab.json`, tokenizers or both, for a source that has none of its own.
@@ -77,8 +81,6 @@ def import_directory(
     Raises:
       ValueError: `source` is not a Chameleon directory our decoder can compute, or `output` is taken.
     """
-    import jax
-
     from aromni_jax.config import CheckpointConfig
     from aromni_jax.interop import names
     from aromni_jax.interop.chameleon import ChameleonDirectory
@@ -97,7 +99,7 @@ def import_directory(
         "imported": {"template": opened.provenance.template, "uses_ema": opened.provenance.uses_ema},
     }
     with whole_directory(pathlib.Path(output).absolute()) as directory:
-        params = names.nested({path: jax.device_put(opened.read(path, None)) for path in opened.shapes()})
+        params = names.nested({path: _on_disk(opened, path, directory) for path in opened.shapes()})
         checkpointer = Checkpointer(
             directory, CheckpointConfig(save_every_steps=1, keep_last=1, keep_every_steps=0, asynchronous=False)
         )
@@ -123,6 +125,22 @@ def import_directory(
             json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
     return opened
+
+
+def _on_disk(opened: ChameleonDirectory, path: str, directory: pathlib.Path) -> jax.Array:
+    """Parameter `path`, layer by layer, as an array whose memory is a file in `directory` that has no name any more."""
+    import jax
+    import numpy as np
+
+    with tempfile.TemporaryFile(dir=directory) as file:
+        array = np.memmap(file, opened.numpy_dtype, "w+", shape=opened.shapes()[path])
+    if opened.is_stacked(path):
+        for layer in range(opened.model.num_layers):
+            array[layer] = opened.read(path, layer)
+    else:
+        array[...] = opened.read(path, None)
+    # On the CPU, whatever else there is: jax takes the memory as it is.
+    return jax.device_put(array, jax.local_devices(backend="cpu")[0])
 
 
 def vocabulary_of(tokenizers: pathlib.Path) -> JointVocab:

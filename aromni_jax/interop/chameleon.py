@@ -272,9 +272,17 @@ class ChameleonDirectory:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return full_shapes(self.model)
 
+    def is_stacked(self, path: str) -> bool:
+        """True for a parameter of every layer, of which `read` can give one."""
+        return self._rules[path].per_layer
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return DTYPES[self.dtype][1]
+
     def read(self, path: str, layer: int | None) -> np.ndarray:
         """One tensor in our layout and `dtype`; `layer` None on a stacked path reads all layers."""
-        rule, dtype = self._rules[path], DTYPES[self.dtype][1]
+        rule, dtype = self._rules[path], self.numpy_dtype
         if rule.per_layer and layer is None:
             stacked = np.empty(self.shapes()[path], dtype)
             for index in range(self.model.num_layers):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
+from aromni_jax.interop import names
 from aromni_jax.interop.chameleon import ChameleonDirectory
 from aromni_jax.tokenizers.text import ByteText
+from aromni_jax.train.checkpoint import Checkpointer
 from aromni_jax.vocab import JointVocab
 from launch import cli
 from launch.export import export_workdir
@@ -67,6 +70,28 @@ def test_export_that_says_what_its_rows_mean_takes_no_other_vocabulary(tmp_path,
     arguments = ["import", f"--source={tmp_path}/exported", f"--output={tmp_path}/again", f"--tokenizers={other}"]
     assert cli.main(arguments) == 1
     assert "already says what the rows mean" in capsys.readouterr().err
+
+
+def test_weights_wait_for_their_checkpoint_in_a_file_not_in_memory(tmp_path, net, monkeypatch):
+    """What is saved is the mapping of a file that has no name any more."""
+    saved = {}
+    save = Checkpointer.save
+
+    def watched(self, step, state, facts):
+        mapped = [line.split(maxsplit=5) for line in pathlib.Path("/proc/self/maps").read_text().splitlines()]
+        ranges = [[int(end, 16) for end in line[0].split("-")] for line in mapped if "(deleted)" in line[-1]]
+        for path, leaf in names.leaf_paths(state["params"]).items():
+            pointer = leaf.unsafe_buffer_pointer()
+            saved[path] = any(start <= pointer and pointer + leaf.nbytes <= stop for start, stop in ranges)
+        save(self, step, state, facts)
+
+    monkeypatch.setattr(Checkpointer, "save", watched)
+    write_meta(tmp_path / "source", net)
+    opened = import_directory(
+        tmp_path / "source", tmp_path / "run", tokenizers=write_vocab(tmp_path / "tokenizers", small_vocab())
+    )
+    assert saved == dict.fromkeys(opened.shapes(), True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json", "tokenizers"]
 
 
 def test_tokenizers_that_do_not_speak_the_released_rows(tmp_path):
