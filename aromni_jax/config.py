@@ -223,7 +223,9 @@ class TrainConfig:
     """One training run. `model` is a named size, or a mapping of ModelConfig fields (`size`: what it starts from).
 
     A process in which no step ends for `watchdog_seconds` (0: for ever) writes its stacks down and ends with status 75;
-    compiling, restoring, evaluating and saving may take six times as long.
+    compiling, restoring, evaluating and saving may take six times as long. A Swin-Norm run that begins with the weights
+    of a pre-norm one (`init_from`) computes the same at its first step, and becomes Swin-Norm over `norm_blend_steps`
+    steps (0: at once, which gives up what the weights knew).
     """
 
     seed: int
@@ -241,6 +243,7 @@ class TrainConfig:
     log_every_steps: int
     eval_every_steps: int
     watchdog_seconds: float = 600.0
+    norm_blend_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.global_batch_size % self.gradient_accumulation_steps:
@@ -251,5 +254,11 @@ class TrainConfig:
         for name in ("total_steps", "global_batch_size", "sequence_length", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 _fail(name, f"must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.norm_blend_steps <= self.total_steps:
+            _fail(
+                "norm_blend_steps", f"must be from 0 to total_steps = {self.total_steps}, not {self.norm_blend_steps}"
+            )
+        if self.norm_blend_steps and not self.init_from:
+            _fail("norm_blend_steps", "blends from the weights of a pre-norm run; name it with init_from, or set 0")
         if self.watchdog_seconds < 0:
             _fail("watchdog_seconds", f"must be positive, or 0 for no watchdog, not {self.watchdog_seconds}")

@@ -70,6 +70,7 @@ def train_defaults() -> ConfigDict:
             log_every_steps=10,
             eval_every_steps=0,
             watchdog_seconds=600.0,
+            norm_blend_steps=0,
         ),
         type_safe=True,
     )

@@ -56,7 +56,9 @@ class HeldOutLosses:
         results: dict[str, Any] = {}
         for name, batches in self._batches.items():
             measured = (
-                jax.device_get(self._step(state.params, state.frozen, partitioning.put_batch(batch, self._mesh)))
+                jax.device_get(
+                    self._step(state.params, state.frozen, partitioning.put_batch(batch, self._mesh), state.step)
+                )
                 for batch in batches
             )
             line = MetricsWindow.of_evaluation(measured, self._config.loss)

@@ -166,6 +166,7 @@ def run_training(
             first_step, window = 0, MetricsWindow()
             state = init_state(model, config, mesh, frozen)
             if config.init_from:
+                _check_norms(config, model)
                 state = _with_params_from(config.init_from, state, wanted, vocab)
         if is_main:
             # A start that ended before its first checkpoint has left nothing but this.
@@ -243,6 +244,28 @@ def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         saved = json.loads(to_json(from_mapping(TrainConfig, saved)))
     return saved
+
+
+def _check_norms(config: TrainConfig, model: ModelConfig) -> None:
+    """That `norm_blend_steps` has something to blend, and a word where weights meet norms in other places."""
+    from aromni_jax.models.config import resolve_model
+    from aromni_jax.train.saved import read_metadata
+
+    _, facts = read_metadata(config.init_from)
+    source = resolve_model(facts.config["model"], model.vocab_size, model.perceptual_dim).norm_position
+    if config.norm_blend_steps and source != "pre":
+        raise ValueError(
+            f"norm_blend_steps = {config.norm_blend_steps} begins with a pre-norm model, but init_from="
+            f"{config.init_from} has norm_position = {source!r}; set norm_blend_steps to 0"
+        )
+    if source != model.norm_position and not config.norm_blend_steps:
+        remedy = "norm_blend_steps keeps it at first" if source == "pre" else "set model.norm_position to keep it"
+        log.warning(
+            "init_from has norm_position %r, this run %r: what those weights computed is lost (%s)",
+            source,
+            model.norm_position,
+            remedy,
+        )
 
 
 def _with_params_from(source: str, state: TrainState, wanted: TrainState, vocab: JointVocab) -> TrainState:

@@ -43,7 +43,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
             unroll=1 if c.scan_layers else c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layer"},
@@ -58,18 +58,22 @@ class Decoder(nn.Module):
         positions_BL: IntArray,
         segment_ids_BL: IntArray,
         cache: KVCache | None = None,
+        swin_share: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Hidden states [B, L, D] after the final norm, in the compute type; with a cache, also the filled cache.
 
         Without a cache, rows are packed: attention stays inside segments, `positions_BL` count inside them. With one,
         rows are left-aligned single documents: a token at position p reads everything cached up to p (prefill L > 1,
-        decode L = 1), and tokens of segment 0 (padding) are not stored.
+        decode L = 1), and tokens of segment 0 (padding) are not stored. `swin_share` is how far a Swin-Norm model that
+        began as a pre-norm one has come (`DecoderLayer`); None is all the way.
         """
         c = self.config
         x_BLD = embedding_lookup(self.embedding, tokens_BL, c.dtype)
         x_BLD = constrain(x_BLD, "batch", "length", None)
         turn = rotation(positions_BL, c.head_dim, c.rope_theta)
-        (x_BLD, filled), _ = self.layers((x_BLD, cache), jnp.arange(c.num_layers), turn, positions_BL, segment_ids_BL)
+        (x_BLD, filled), _ = self.layers(
+            (x_BLD, cache), jnp.arange(c.num_layers), turn, positions_BL, segment_ids_BL, swin_share
+        )
         hidden_BLD = self.final_norm(x_BLD)
         if self.is_initializing() and c.perceptual_dim:
             self.perceptual_head(hidden_BLD)

@@ -195,11 +195,20 @@ class MLP(nn.Module):
         return jnp.einsum("BLF,FD->BLD", inner_BLF, w_FD)
 
 
+def _between(swin_share: jax.Array, norm: nn.Module, x_BLD: jax.Array, *, normed_at: int) -> jax.Array:
+    """x on its way to norm(x) or back: norm(x) where `swin_share` is `normed_at`, x at the other end."""
+    share = swin_share.astype(x_BLD.dtype)
+    normed = share if normed_at else 1 - share
+    return normed * norm(x_BLD) + (1 - normed) * x_BLD
+
+
 class DecoderLayer(nn.Module):
     """One layer, shaped for `nn.scan`: carries (hidden, cache), reads its layer index.
 
     Swin-Norm is `h = x + Norm(Attn(x))`, `y = h + Norm(MLP(h))`; pre-norm is `h = x + Attn(Norm(x))`,
-    `y = h + MLP(Norm(h))`.
+    `y = h + MLP(Norm(h))`. With `swin_share` a, a Swin-Norm layer is on its way from one to the other:
+    `h = x + Out(Attn(In(x)))` where `In(x) = (1 - a) Norm(x) + a x` and `Out(y) = (1 - a) y + a Norm(y)`, with one gain
+    for both norms. At a = 0 that is the pre-norm layer, at a = 1 the Swin-Norm layer, of the same parameters.
     """
 
     config: ModelConfig
@@ -212,6 +221,7 @@ class DecoderLayer(nn.Module):
         turn: Rotation,
         positions_BL: jax.Array,
         segment_ids_BL: jax.Array,
+        swin_share: jax.Array | None = None,
     ) -> tuple[tuple[jax.Array, KVCache | None], None]:
         c = self.config
         x_BLD, cache = carry
@@ -229,7 +239,15 @@ class DecoderLayer(nn.Module):
             # Its result is not needed again, so that all of it is computed again only here, and once.
             after_attention = nn.remat(after_attention)
         attend = Attention(c, name="attention")
-        read_BLD = x_BLD if is_swin else RMSNorm(c, name="attention_norm")(x_BLD)
-        y_BLD, cache = attend(read_BLD, layer, turn, positions_BL, segment_ids_BL, cache)
-        x_BLD = after_attention(self, x_BLD, y_BLD)
+        if swin_share is not None and is_swin:
+            attention_norm, mlp_norm = RMSNorm(c, name="attention_norm"), RMSNorm(c, name="mlp_norm")
+            read_BLD = _between(swin_share, attention_norm, x_BLD, normed_at=0)
+            y_BLD, cache = attend(read_BLD, layer, turn, positions_BL, segment_ids_BL, cache)
+            x_BLD = x_BLD + _between(swin_share, attention_norm, y_BLD, normed_at=1)
+            y_BLD = MLP(c, name="mlp")(_between(swin_share, mlp_norm, x_BLD, normed_at=0))
+            x_BLD = x_BLD + _between(swin_share, mlp_norm, y_BLD, normed_at=1)
+        else:
+            read_BLD = x_BLD if is_swin else RMSNorm(c, name="attention_norm")(x_BLD)
+            y_BLD, cache = attend(read_BLD, layer, turn, positions_BL, segment_ids_BL, cache)
+            x_BLD = after_attention(self, x_BLD, y_BLD)
         return (constrain(x_BLD, "batch", "length", None), cache), None

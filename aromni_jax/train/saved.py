@@ -110,8 +110,19 @@ def open_saved(workdir: str | os.PathLike[str], step: int | None = None) -> Save
 
 
 def open_for_export(workdir: str | os.PathLike[str], step: int | None = None, ema: bool = False) -> SavedParams:
-    """Weights of a checkpoint to be read array by array; `ema` takes the moving average instead."""
-    return SavedParams(open_saved(workdir, step), ema)
+    """Weights of a checkpoint to be read array by array; `ema` takes the moving average instead.
+
+    Raises:
+      ValueError: nothing to read, or a model between pre-norm and Swin-Norm, which only training can compute.
+    """
+    saved = open_saved(workdir, step)
+    blend_steps = saved.facts.config.get("norm_blend_steps", 0)
+    if saved.step < blend_steps:
+        raise ValueError(
+            f"checkpoint {saved.path} is at step {saved.step} of norm_blend_steps = {blend_steps}, between pre-norm "
+            f"and Swin-Norm, which only its own training computes; train on, and take a step from {blend_steps} on"
+        )
+    return SavedParams(saved, ema)
 
 
 def read_metadata(workdir: str | os.PathLike[str], step: int | None = None) -> tuple[int, RunFacts]:

@@ -36,12 +36,25 @@ _AFTER_LAYERS = ("unembedding", "perceptual_head")
 """Parameters that meet the last hidden states."""
 
 
+def swin_share(train: TrainConfig, step: jax.Array) -> jax.Array | None:
+    """How much of Swin-Norm the model has at `step` (batches seen): 0 at the first, 1 from `norm_blend_steps` on."""
+    if not train.norm_blend_steps:
+        return None
+    return jnp.clip(step.astype(jnp.float32) / train.norm_blend_steps, 0.0, 1.0)
+
+
 def _terms(
-    decoder: Decoder, loss: LossConfig, vocab: JointVocab, params: PyTree, frozen: Frozen, batch: PackedBatch
+    decoder: Decoder,
+    loss: LossConfig,
+    vocab: JointVocab,
+    params: PyTree,
+    frozen: Frozen,
+    batch: PackedBatch,
+    share: jax.Array | None,
 ) -> tuple[losses.NextTokenSums, WeightedSum]:
     """Next-token sums and the perceptual (sum, weight) of one microbatch."""
     cast = {"params": cast_matrices(decoder.config, params)}
-    hidden_BLD: Any = decoder.apply(cast, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
+    hidden_BLD: Any = decoder.apply(cast, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL, swin_share=share)
     hidden_BLD, last = gradients_together(hidden_BLD, {name: params[name] for name in _AFTER_LAYERS if name in params})
     params = params | last
     next_token = losses.next_token_loss(
@@ -104,18 +117,24 @@ def split_microbatches(batch: PackedBatch, num_microbatches: int) -> PackedBatch
 
 
 def loss_and_gradients(
-    model: ModelConfig, train: TrainConfig, vocab: JointVocab, params: PyTree, frozen: Frozen, batch: PackedBatch
+    model: ModelConfig,
+    train: TrainConfig,
+    vocab: JointVocab,
+    params: PyTree,
+    frozen: Frozen,
+    batch: PackedBatch,
+    share: jax.Array | None = None,
 ) -> tuple[jax.Array, PyTree, StepMetrics]:
     """The objective over the global batch [B, L], its float32 gradient, and metrics, in microbatches.
 
-    Pure, and the same for every `gradient_accumulation_steps` up to the order of additions.
+    Pure, and the same for every `gradient_accumulation_steps` up to the order of additions. `share`: `swin_share`.
     """
     decoder, loss = Decoder(model), train.loss
     weight = batch.loss_weights_BL.sum(dtype=jnp.float32)
     code_weight = losses.perceptual_mask(batch, loss.perceptual_mode).sum(dtype=jnp.float32)
 
     def objective(params: PyTree, micro: PackedBatch) -> tuple[jax.Array, StepMetrics]:
-        next_token, perceptual = _terms(decoder, loss, vocab, params, frozen, micro)
+        next_token, perceptual = _terms(decoder, loss, vocab, params, frozen, micro, share)
         part = _total_loss(
             WeightedSum(next_token.total.sum, weight),
             WeightedSum(next_token.z_loss.sum, weight),
@@ -165,7 +184,8 @@ def make_train_step(
     def step(state: TrainState, batch: PackedBatch, rate: jax.Array) -> tuple[TrainState, StepMetrics]:
         # Gradients of float32 values, also where these are rounded: an embedding sums those of all its tokens.
         params = as_float32(state.params)
-        value, gradients, metrics = loss_and_gradients(model, train, vocab, params, state.frozen, batch)
+        share = swin_share(train, state.step)
+        value, gradients, metrics = loss_and_gradients(model, train, vocab, params, state.frozen, batch, share)
         norm = optim.global_norm(gradients)
         is_finite = jnp.isfinite(value) & jnp.isfinite(norm)
         gradients = optim.clip_by_norm(gradients, norm, train.optimizer.clip_norm)
@@ -225,19 +245,20 @@ def abstract_inputs(
 
 def make_eval_step(
     model: ModelConfig, train: TrainConfig, mesh: Mesh, vocab: JointVocab, frozen: Frozen | None = None
-) -> Callable[[PyTree, Frozen, PackedBatch], StepMetrics]:
-    """A jitted `(params, frozen, batch) -> metrics` without scalars: add the results over batches, then divide once."""
+) -> Callable[[PyTree, Frozen, PackedBatch, jax.Array], StepMetrics]:
+    """A jitted `(params, frozen, batch, step) -> metrics` without scalars: add them over batches, then divide once."""
     _check(model, train, mesh, vocab, frozen)
     decoder = Decoder(model)
 
-    def evaluate(params: PyTree, frozen: Frozen, batch: PackedBatch) -> StepMetrics:
-        next_token, perceptual = _terms(decoder, train.loss, vocab, params, frozen, batch)
+    def evaluate(params: PyTree, frozen: Frozen, batch: PackedBatch, step: jax.Array) -> StepMetrics:
+        share = swin_share(train, step)
+        next_token, perceptual = _terms(decoder, train.loss, vocab, params, frozen, batch, share)
         return _metrics(next_token, perceptual, batch)
 
     placement = state_shardings(abstract_state(model, train, mesh, frozen))
     return jax.jit(
         partitioning.on_mesh(evaluate, mesh),
-        in_shardings=(placement.params, placement.frozen, partitioning.batch_sharding(mesh)),
+        in_shardings=(placement.params, placement.frozen, partitioning.batch_sharding(mesh), placement.step),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
 
@@ -254,6 +275,11 @@ def _check(model: ModelConfig, train: TrainConfig, mesh: Mesh, vocab: JointVocab
     if train.sequence_length % mesh.shape["context"]:
         raise ValueError(
             f"sequence_length {train.sequence_length} does not divide over the context axis of {mesh.shape['context']}"
+        )
+    if train.norm_blend_steps and model.norm_position != "swin":
+        raise ValueError(
+            f"norm_blend_steps = {train.norm_blend_steps} turns a pre-norm model into a Swin-Norm one, but this run "
+            f"has norm_position = {model.norm_position!r}; set model.norm_position to 'swin', or norm_blend_steps to 0"
         )
     if model.vocab_size != vocab.size:
         raise ValueError(f"the model has {model.vocab_size} rows, the vocabulary {vocab.size}")

@@ -224,9 +224,42 @@ def test_eval_step_agrees_with_the_metrics_of_training():
     mesh = partitioning.make_mesh(MeshConfig(2, 4, 1, 1))
     batch = partitioning.put_batch(random_batch(0), mesh)
     state = init_state(model, train, mesh, frozen())
-    evaluated = make_eval_step(model, train, mesh, VOCAB, frozen())(state.params, state.frozen, batch)
+    evaluated = make_eval_step(model, train, mesh, VOCAB, frozen())(state.params, state.frozen, batch, state.step)
     _, trained = make_train_step(model, train, mesh, VOCAB, frozen())(state, batch, 1e-2)
     assert_same(jax.device_get(evaluated), {k: v for k, v in jax.device_get(trained).items() if k in evaluated})
+
+
+def test_blend_goes_from_the_pre_norm_model_to_the_swin_norm_one():
+    """The loss of a step with the same parameters: at first that of pre-norm, at last that of Swin-Norm."""
+    mesh = partitioning.make_mesh(ONE_DEVICE, jax.devices()[:1])
+    batch = partitioning.put_batch(random_batch(0), mesh)
+    swin, pre = model_config(), model_config(norm_position="pre")
+    blending = train_config(norm_blend_steps=4, init_from="a pre-norm run", total_steps=10)
+    # Gains far from 1, so that a norm in the wrong place shows.
+    params = jax.tree.map(lambda leaf: 1.3 * leaf, init_state(swin, train_config(), mesh, frozen()).params)
+
+    def loss(model, train, step):
+        start = init_state(model, train, mesh, frozen())
+        state = dataclasses.replace(start, params=jax.tree.map(jnp.copy, params), step=jnp.int32(step))
+        evaluated = make_eval_step(model, train, mesh, VOCAB, frozen())(state.params, state.frozen, batch, state.step)
+        _, metrics = make_train_step(model, train, mesh, VOCAB, frozen())(state, batch)
+        assert_same(evaluated["next_token"], metrics["next_token"])
+        return float(metrics["loss"])
+
+    begins, ends = loss(pre, train_config(), 0), loss(swin, train_config(), 0)
+    assert abs(begins - ends) > 1e-2
+    # Equal but for the order in which XLA adds.
+    np.testing.assert_allclose(loss(swin, blending, 0), begins, rtol=1e-6)
+    np.testing.assert_allclose([loss(swin, blending, step) for step in (4, 9)], ends, rtol=1e-6)
+    between = loss(swin, blending, 2)
+    assert min(abs(between - begins), abs(between - ends)) > 1e-3
+
+
+def test_blend_into_pre_norm_is_refused():
+    mesh = partitioning.make_mesh(ONE_DEVICE, jax.devices()[:1])
+    train = train_config(norm_blend_steps=4, init_from="a run", total_steps=10)
+    with pytest.raises(ValueError, match="norm_blend_steps = 4 turns .*has norm_position = 'pre'"):
+        make_train_step(model_config(norm_position="pre"), train, mesh, VOCAB, frozen())
 
 
 @pytest.mark.parametrize("name", ["lion", "adafactor", "muon"])
