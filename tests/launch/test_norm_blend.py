@@ -17,6 +17,7 @@ def train(workdir, norm_position, **changes):
     config = load_config(argparse.Namespace(config="configs/pretrain.py:debug", config_overrides=[]))
     with config.unlocked(), config.ignore_type():
         config.model = dict(size="debug", norm_position=norm_position)
+        config.optimizer.warmup_steps = 0
         config.checkpoint = dict(config.checkpoint) | dict(save_every_steps=1, keep_last=4)
         config.update(dict(sequence_length=64, global_batch_size=8, eval_every_steps=0, log_every_steps=1) | changes)
     return run_training(from_mapping(TrainConfig, config), workdir, with_progress=False)
