@@ -31,6 +31,7 @@ from aromni_jax.train import workdir as workdirs
 from aromni_jax.train.leaves import (
     any_process,
     array_checksums,
+    array_checksums_in_turn,
     checksums,
     key_name,
     named_leaves,
@@ -165,7 +166,7 @@ class Snapshot:
     checksum each [number of arrays]. Devices may still be computing both."""
 
     named: dict[str, jax.Array]
-    checksums: jax.Array
+    checksums: Any
 
 
 class Checkpointer:
@@ -277,7 +278,7 @@ class Checkpointer:
             snapshot = self.snapshot(state)
         else:
             named = named_leaves(state)
-            snapshot = Snapshot(named, array_checksums(list(named.values())))
+            snapshot = Snapshot(named, array_checksums_in_turn(list(named.values())))
         self.write(step, snapshot, facts)
 
     def restore_latest(

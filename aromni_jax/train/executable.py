@@ -50,8 +50,8 @@ def program_facts(
     """
     device = mesh.devices.flat[0]
     facts = {f"model.{name}": value for name, value in dataclasses.asdict(model).items()}
-    facts |= {name: getattr(train, name) for name in ("global_batch_size", "sequence_length")}
-    facts["gradient_accumulation_steps"] = train.gradient_accumulation_steps
+    names = ("global_batch_size", "sequence_length", "gradient_accumulation_steps", "norm_blend_steps")
+    facts |= {name: getattr(train, name) for name in names}
     for group, inputs in _INPUTS.items():
         values = dataclasses.asdict(getattr(train, group))
         facts |= {f"{group}.{name}": value for name, value in values.items() if name not in inputs}

@@ -64,6 +64,11 @@ def array_checksums(arrays: list[jax.Array]) -> jax.Array:
     return jnp.stack([_checksum(on_device(array)) for array in arrays])
 
 
+def array_checksums_in_turn(arrays: list[jax.Array]) -> np.ndarray:
+    """The same numbers, one array after the other: for arrays that would not fit into memory together."""
+    return np.array([int(array_checksums([array])[0]) for array in arrays], np.uint32)
+
+
 def on_device(array: jax.Array) -> jax.Array:
     """Inside jit: `array` on the device, also where it lives in the memory of the host (`optimizer.offload`)."""
     return jax.device_put(array, jax.memory.Space.Device)

@@ -245,7 +245,7 @@ def test_blend_goes_from_the_pre_norm_model_to_the_swin_norm_one():
         for step in steps:
             state = jax.tree.map(jnp.copy, dataclasses.replace(start, step=jnp.int32(step)))
             evaluated = evaluate(state.params, state.frozen, batch, state.step)
-            _, metrics = run(state, batch)
+            _, metrics = run(state, batch, 1e-2)
             assert_same(evaluated["next_token"], metrics["next_token"])
             found.append(float(metrics["loss"]))
         return found
