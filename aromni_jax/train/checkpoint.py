@@ -47,6 +47,10 @@ STACKED = "layers"
 that reading one layer of a large model reads no other."""
 
 
+_SWITCH_SECONDS = 0.0005
+"""After this long a thread of Python gives way to another that waits (5 ms is usual)."""
+
+
 class DamagedCheckpoint(Exception):
     """A checkpoint that exists but cannot be read as what was written."""
 
@@ -374,10 +378,15 @@ def _step_back() -> None:
     steps instead of holding up one; when the loop waits for it, that is everything. Beside an accelerator it gets a
     third of the weight of others, which may belong to somebody else's work.
     """
+    is_cpu = jax.default_backend() == "cpu"
     if sys.platform == "linux":
         thread = threading.get_native_id()
-        more = 19 if jax.default_backend() == "cpu" else 5
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + more))
+        os.setpriority(
+            os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + (19 if is_cpu else 5))
+        )
+    if is_cpu:
+        # While this thread waits for a processor it may hold the interpreter, which the loop needs between two steps.
+        sys.setswitchinterval(_SWITCH_SECONDS)
 
 
 def _meet_over_the_network() -> None:
