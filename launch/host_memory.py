@@ -20,7 +20,7 @@ def keep_freed_memory() -> None:
         return
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)  # Never. A number here ends at 2 GiB, which large steps pass at every call.
     libc.mallopt(_M_TOP_PAD, 64 * 2**20)
     # Threads' own arenas are small and give memory back however they are told not to.
     libc.mallopt(_M_ARENA_MAX, 1)
