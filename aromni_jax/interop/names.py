@@ -12,9 +12,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from aromni_jax.models.config import ModelConfig
 
@@ -124,27 +126,14 @@ def layers_of(rule: TensorRule, model: ModelConfig) -> list[int | None]:
     return list(range(model.num_layers)) if rule.per_layer else [None]
 
 
-def leaf_paths(params: Any, prefix: str = "") -> dict[str, Any]:
+def leaf_paths(params: Mapping[str, Any]) -> dict[str, Any]:
     """{"layers/attention/q": leaf, ...} of a nested dict."""
-    if not isinstance(params, dict):
-        return {prefix: params}
-    return {
-        path: leaf
-        for key, value in params.items()
-        for path, leaf in leaf_paths(value, f"{prefix}/{key}" if prefix else str(key)).items()
-    }
+    return dict(traverse_util.flatten_dict(dict(params), sep="/"))
 
 
 def nested(leaves: dict[str, Any]) -> dict[str, Any]:
     """Inverse of `leaf_paths`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    return dict(traverse_util.unflatten_dict(leaves, sep="/"))
 
 
 def deinterleave_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from aromni_jax.arrays import PyTree
@@ -34,14 +35,7 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 
 def nested(named: dict[str, Any]) -> dict[str, Any]:
     """{"a/b": 1} -> {"a": {"b": 1}}: the tree that Orbax stores."""
-    tree: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    return dict(traverse_util.unflatten_dict(named, sep="/"))
 
 
 def _checksum(array: jax.Array) -> jax.Array:
