@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import os
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,16 @@ def _measured(sides: dict[str, Process], described: dict[str, Any], repeats: int
     steps = [(name, "ours") for name in _BATCHES]
     if "peer" in sides:
         steps = [("dense", "ours"), ("dense", "peer"), ("packed", "ours"), *((name, "peer") for name in PADDINGS)]
-    first_losses = {(name, side): [ask(sides[side], name)["loss"] for _ in range(2)] for name, side in steps}
+    first_losses = {}
+    for name, side in steps:
+        # torch.compile works minutes on the first rows of a new shape.
+        print(f"first steps: {name}, {side}", file=sys.stderr, flush=True)
+        first_losses[name, side] = [ask(sides[side], name)["loss"] for _ in range(2)]
     seconds: dict[tuple[str, str], list[float]] = {step: [] for step in steps}
     positions: dict[tuple[str, str], int] = {}
     peaks = []
-    for _ in range(repeats):
+    for number in range(repeats):
+        print(f"round {number + 1} of {repeats}", file=sys.stderr, flush=True)
         for name, side in steps:
             answer = ask(sides[side], name)
             seconds[name, side].append(answer["seconds"])
