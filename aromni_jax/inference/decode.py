@@ -31,16 +31,31 @@ LENGTH_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OmniModel:
-    """A trained decoder ready to be asked: its shape, its parameters (`models.unstacked`) and their vocabulary."""
+    """A trained decoder ready to be asked: its shape, its parameters (`models.unstacked`) and their vocabulary.
+
+    `max_positions` is the longest sequence it was made for, question and answer together; None where nobody knows.
+
+    Raises:
+      ValueError: a vocabulary of another size than the model's.
+    """
 
     config: ModelConfig
     params: PyTree
     vocab: JointVocab
+    max_positions: int | None = None
+
+    def __post_init__(self) -> None:
+        # A table answers for ids that it does not have: nothing later would notice.
+        if self.vocab.size != self.config.vocab_size:
+            raise ValueError(
+                f"the vocabulary has {self.vocab.size} rows, the model {self.config.vocab_size}: ids of the one mean "
+                "nothing to the other; use the tokenizers that the model was trained with"
+            )
 
     @classmethod
-    def of(cls, config: ModelConfig, stacked: PyTree, vocab: JointVocab) -> OmniModel:
+    def of(cls, config: ModelConfig, stacked: PyTree, vocab: JointVocab, max_positions: int | None = None) -> OmniModel:
         """From parameters as training has them; arrays of jax among them are used up."""
-        return cls(config, unstack(config, stacked), vocab)
+        return cls(config, unstack(config, stacked), vocab, max_positions)
 
     @property
     def machine(self) -> Machine:
@@ -54,16 +69,39 @@ def bucket_of(length: int, buckets: tuple[int, ...] = LENGTH_BUCKETS) -> int:
     return fitting[0] if fitting else -(-length // buckets[-1]) * buckets[-1]
 
 
-def check_request(grammar: Grammar, prompt: Example, max_new_tokens: int) -> None:
-    """ValueError for an empty prompt, or for fewer tokens than the shortest answer of its task has."""
-    if not len(prompt.tokens_L):
+def check_request(model: OmniModel, grammar: Grammar, prompt: Example, max_new_tokens: int) -> int:
+    """The most tokens that an answer to `prompt` may have: `max_new_tokens`, or what is left of the model's positions.
+
+    Raises:
+      ValueError: an empty prompt, ids that the vocabulary does not have, a task that the grammar does not have, or no
+        room for the shortest answer of the task: below `max_new_tokens`, or behind a prompt that is too long.
+    """
+    length = len(prompt.tokens_L)
+    if not length:
         raise ValueError(f"prompt {prompt.key!r} is empty")
-    shortest = grammar.shortest_answers.get(prompt.task, 0)
+    lowest, highest = int(np.min(prompt.tokens_L)), int(np.max(prompt.tokens_L))
+    if lowest < 0 or highest >= model.vocab.size:
+        raise ValueError(
+            f"prompt {prompt.key!r} has the id {lowest if lowest < 0 else highest}, outside 0..{model.vocab.size - 1}; "
+            "it was not encoded with the vocabulary of this model"
+        )
+    grammar.start_of(prompt.task)
+    shortest = grammar.shortest_answers[prompt.task]
     if max_new_tokens < shortest:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} is too few for {prompt.task.command}: "
             f"the shortest answer has {shortest} tokens"
         )
+    if model.max_positions is None:
+        return max_new_tokens
+    longest = model.max_positions - shortest
+    if length > longest:
+        raise ValueError(
+            f"prompt {prompt.key!r} is too long: it has {length} tokens, the model {model.max_positions} positions, of "
+            f"which the shortest answer to {prompt.task.command} takes {shortest}; shorten what is asked (a shorter "
+            f"text or sound, fewer turns) to at most {longest} tokens"
+        )
+    return min(max_new_tokens, model.max_positions - length)
 
 
 def generate(
@@ -82,8 +120,8 @@ def generate(
     Args:
       grammar: compiled from `model.vocab` for at least the tasks of the prompts.
       prompts: what `joint.prompt` encodes.
-      max_new_tokens: most tokens of an answer, for all tasks or for each one. No answer is cut off there: the grammar
-        closes it in time.
+      max_new_tokens: most tokens of an answer, for all tasks or for each one; no answer is longer than the model has
+        positions left. None is cut off there: the grammar closes it in time.
       row_ids: numbers that, with `seed`, fix each row's randomness (its index by default).
       batch_size: rows per device call; the last call is padded to it when there is more than one.
       progress: called with (answers done, answers in all) after each batch.
@@ -92,11 +130,12 @@ def generate(
       int32 ids of each answer, from its first token to its end token (eos or end_model) included, in prompt order.
 
     Raises:
-      ValueError: an empty prompt, or fewer tokens allowed than the shortest answer of a task has.
+      ValueError: a request that cannot be answered (`check_request`), before any is.
     """
-    limits = [max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[p.task] for p in prompts]
-    for example, limit in zip(prompts, limits, strict=True):
-        check_request(grammar, example, limit)
+    limits = [
+        check_request(model, grammar, p, max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[p.task])
+        for p in prompts
+    ]
     row_ids = list(range(len(prompts)) if row_ids is None else row_ids)
     # Rows of like length stand together: a batch costs as much as its longest prompt and its longest answer.
     order = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i].tokens_L)))

@@ -85,13 +85,16 @@ class Grammar:
     shortest_answers: Mapping[Task, int]
     guided_tasks: frozenset[Task]
 
+    def start_of(self, task: Task) -> int:
+        """The state in which answers to `task` begin; ValueError for a task this grammar was compiled without."""
+        if task not in self.start_states:
+            known = ", ".join(t.command for t in self.start_states)
+            raise ValueError(f"task {task.command} is not in this grammar; it was compiled for {known}")
+        return self.start_states[task]
+
     def start(self, tasks: list[Task]) -> GrammarState:
         """State of rows that begin to answer; ValueError for a task this grammar was compiled without."""
-        for task in tasks:
-            if task not in self.start_states:
-                known = ", ".join(t.command for t in self.start_states)
-                raise ValueError(f"task {task.command} is not in this grammar; it was compiled for {known}")
-        states = np.array([self.start_states[task] for task in tasks], np.int32)
+        states = np.array([self.start_of(task) for task in tasks], np.int32)
         return GrammarState(jnp.asarray(states), jnp.zeros(len(tasks), jnp.int32))
 
 
@@ -115,11 +118,8 @@ class _Builder:
 
     def policy(self, name: str, policy: Policy) -> int:
         """Adds the states of one policy and returns its start state."""
+        check_codes(self.vocab, name, policy)
         used = policy.parts
-        if "image" in used and self.vocab.image is None:
-            raise ValueError(f"{name} makes images, but this vocabulary has no image codes")
-        if "speech" in used and not self.vocab.speech:
-            raise ValueError(f"{name} makes speech, but this vocabulary has no speech codes")
         base = len(self.states)
         num_codebooks = len(self.vocab.speech)
         start = self.state(f"{name}: start", base, "text", policy.text)
@@ -171,6 +171,14 @@ class _Builder:
                 else:
                     self.move(state, opener[option], entry[option])
         return start
+
+
+def check_codes(vocab: JointVocab, name: str, policy: Policy) -> None:
+    """ValueError when answers of `policy` need images or speech that the vocabulary has no codes for."""
+    if "image" in policy.parts and vocab.image is None:
+        raise ValueError(f"{name} makes images, but this vocabulary has no image codes")
+    if "speech" in policy.parts and not vocab.speech:
+        raise ValueError(f"{name} makes speech, but this vocabulary has no speech codes")
 
 
 def compile_grammar(vocab: JointVocab, policies: Mapping[Task, Policy]) -> Grammar:

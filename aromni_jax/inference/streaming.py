@@ -34,13 +34,15 @@ def stream_tokens(
     first_run: int = FIRST_RUN,
     longest_run: int = LONGEST_RUN,
 ) -> Iterator[list[TokenEvent]]:
-    """The tokens that `decode.generate` answers `prompt` with, in runs; stopping to iterate stops the work.
+    """The tokens that `decode.generate` answers `prompt` with, in runs.
+
+    Stopping to iterate stops the work and frees what it held; nothing of it is left for the next call to notice.
 
     Raises:
-      ValueError: an empty prompt, or fewer tokens allowed than the shortest answer of its task has.
+      ValueError: a request that cannot be answered (`decode.check_request`), at the first step.
     """
     length = len(prompt.tokens_L)
-    check_request(grammar, prompt, max_new_tokens)
+    limit = check_request(model, grammar, prompt, max_new_tokens)
     is_guided = prompt.task in grammar.guided_tasks
     width, room = bucket_of(length), bucket_of(max_new_tokens)
     tokens_RL = np.full((1 + is_guided, width), model.vocab.bos, np.int32)
@@ -49,7 +51,7 @@ def stream_tokens(
     state = begin(
         machine,
         grammar.start([prompt.task]),
-        np.array([max_new_tokens], np.int32),
+        np.array([limit], np.int32),
         row_keys(seed, [row_id]),
         cache_length=width + room,
         max_new_tokens=room,
@@ -96,7 +98,8 @@ class SpeechStream:
         special = self._vocab.special_ids
         for event in events:
             if event.token_id == special["begin_speech"]:
-                self._state = self._decoder.start()
+                # Codes of an utterance that was never finished belong to no other.
+                self._state, self._rows = self._decoder.start(), []
             elif event.token_id == special["end_speech"]:
                 sound += [self._decode_frames(), self._decoder.finish(self._state)]
                 self._state = None

@@ -58,7 +58,7 @@ def test_bad_requests_are_named(argv, message):
         ("", "holds no requests"),
         ("{", "line 1 is not a request"),
         ('{"task": "caption", "picture": "a.png"}', "line 1 is not a request"),
-        ('{"task": "caption", "image": "a.png"}\n{"task": "caption"}', "line 2: caption needs --image"),
+        ('{"task": "caption"}\n{', "line 1: caption needs --image"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, text, message):
