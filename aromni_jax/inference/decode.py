@@ -1,25 +1,26 @@
-"""Answers to many prompts: batches of like length, each one call of a program that reads, decodes and cannot err.
+"""Answers to many prompts, with as many rows on the device as fit: when one is done, the next prompt takes its place.
 
-Rows start at slot 0 of the cache and may have different lengths. Rows of different tasks decode together: the tables
-of the grammar are arguments, and every row carries its own state. Shapes come from a few buckets, so a handful of
-programs serves everything.
+Rows start at the beginning of the cache and may have different lengths. Rows of different tasks decode together: the
+tables of the grammar are arguments, and every row carries its own state. Shapes come from a few buckets, and a call of
+any number of prompts needs three programs: one that reads prompts for all rows, one for a few, and one that decodes.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aromni_jax.arrays import IntArray, PyTree
-from aromni_jax.inference.grammar import Grammar, GrammarState, GrammarTables
+from aromni_jax.arrays import PyTree
+from aromni_jax.inference.grammar import Grammar, GrammarState
 from aromni_jax.inference.head import spans_of
-from aromni_jax.inference.machine import Machine, begin, decode, extend
+from aromni_jax.inference.machine import Machine, begin, decode_jitted
 from aromni_jax.inference.sampling import row_keys
+from aromni_jax.inference.slots import refill_jitted
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.unstacked import unstack
 from aromni_jax.structs import Example, Task
@@ -27,6 +28,10 @@ from aromni_jax.vocab import JointVocab
 
 LENGTH_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Prompts and answers are padded to the next of these (and to multiples of the last one)."""
+
+ROWS_PER_REFILL = 8
+"""One row in this many may stand idle before new prompts are read. With s rows and answers of n tokens, reading costs
+about a token of every row (weights are read once more), so that s sqrt(2 / n) idle ones are best: an eighth at 128."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,8 +128,8 @@ def generate(
       max_new_tokens: most tokens of an answer, for all tasks or for each one; no answer is longer than the model has
         positions left. None is cut off there: the grammar closes it in time.
       row_ids: numbers that, with `seed`, fix each row's randomness (its index by default).
-      batch_size: rows per device call; the last call is padded to it when there is more than one.
-      progress: called with (answers done, answers in all) after each batch.
+      batch_size: most rows on the device at once; a row that is done makes room for the next prompt.
+      progress: called with (answers done, answers in all) as answers become ready.
 
     Returns:
       int32 ids of each answer, from its first token to its end token (eos or end_model) included, in prompt order.
@@ -137,111 +142,101 @@ def generate(
         for p in prompts
     ]
     row_ids = list(range(len(prompts)) if row_ids is None else row_ids)
-    # Rows of like length stand together: a batch costs as much as its longest prompt and its longest answer.
-    order = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i].tokens_L)))
-    rows_per_call = batch_size if len(prompts) > batch_size else bucket_of(len(prompts), (1, 2, 4, 8, 16, batch_size))
-    is_guided = any(example.task in grammar.guided_tasks for example in prompts)
-    # One program for the whole call: compiling another one would cost more than some padding.
-    width = bucket_of(max((len(p.tokens_L) for p in prompts), default=1))
-    max_new = bucket_of(max(limits, default=1))
     answers: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
-    for first in range(0, len(order), rows_per_call):
-        chosen = order[first : first + rows_per_call]
-        tokens_BT, lengths_B = _generate_batch(
-            model,
-            grammar,
-            [prompts[i] for i in chosen],
-            np.array([limits[i] for i in chosen], np.int32),
-            row_keys(seed, [row_ids[i] for i in chosen] + [0] * (rows_per_call - len(chosen))),
-            width,
-            max_new,
-            is_guided,
-        )
-        for row, i in enumerate(chosen):
-            answers[i] = tokens_BT[row, : lengths_B[row]]
+    if not prompts:
+        return answers
+    slots = _Slots(model, grammar, prompts, limits, row_keys(seed, row_ids), batch_size)
+    # The longest answers begin first: what begins last should not keep the others waiting.
+    waiting = collections.deque(sorted(range(len(prompts)), key=lambda i: (-limits[i], -len(prompts[i].tokens_L))))
+    num_done = 0
+    while num_done < len(prompts):
+        slots.fill(waiting)
+        for i, answer in slots.run():
+            answers[i] = answer
+            num_done += 1
         if progress:
-            progress(first + len(chosen), len(order))
+            progress(num_done, len(prompts))
     return answers
 
 
-def _generate_batch(
-    model: OmniModel,
-    grammar: Grammar,
-    prompts: list[Example],
-    limits_B: np.ndarray,
-    keys_B: jax.Array,
-    width: int,
-    max_new_tokens: int,
-    is_guided: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pads one batch to `width` tokens and one row per key, and runs it: tokens [B, T] and each answer's length."""
-    spare = len(keys_B) - len(prompts)
-    prompt_BL = np.full((len(keys_B), width), model.vocab.pad, np.int32)
-    lengths_B = np.ones(len(keys_B), np.int32)
-    for row, example in enumerate(prompts):
-        prompt_BL[row, : len(example.tokens_L)] = example.tokens_L
-        lengths_B[row] = len(example.tokens_L)
-    start = grammar.start([example.task for example in prompts])
-    # Spare rows are born done: they cost their share of the batch and nothing else.
-    done_state = int(np.flatnonzero(np.asarray(grammar.tables.done_S))[0])
-    state = GrammarState(
-        jnp.pad(start.state_B, (0, spare), constant_values=done_state), jnp.pad(start.count_B, (0, spare))
-    )
-    tokens_BT, steps_B = answer(
-        model.machine,
-        model.params,
-        grammar.tables,
-        prompt_BL,
-        lengths_B,
-        state,
-        np.pad(limits_B, (0, spare)),
-        keys_B,
-        bos=model.vocab.bos,
-        max_new_tokens=max_new_tokens,
-        is_guided=is_guided,
-    )
-    return np.asarray(tokens_BT), np.asarray(steps_B)
+class _Slots:
+    """The rows on the device, and which prompt each of them is answering."""
 
+    def __init__(
+        self,
+        model: OmniModel,
+        grammar: Grammar,
+        prompts: Sequence[Example],
+        limits: Sequence[int],
+        keys_N: jax.Array,
+        most: int,
+    ) -> None:
+        self._model, self._machine, self._grammar = model, model.machine, grammar
+        self._prompts, self._limits, self._keys_N = prompts, limits, keys_N
+        self._num = most if len(prompts) > most else bucket_of(len(prompts), (1, 2, 4, 8, 16, most))
+        # Reading prompts stops all rows: to wait for a few costs less than to stop for each.
+        self._few = max(1, self._num // ROWS_PER_REFILL)
+        self._asked: list[int | None] = [None] * self._num
+        self._contexts = 1 + any(prompt.task in grammar.guided_tasks for prompt in prompts)
+        self._width = bucket_of(max(len(prompt.tokens_L) for prompt in prompts))
+        self._done_S = np.asarray(grammar.tables.done_S)
+        # A row without a prompt is one that is done: it costs its share of the batch and nothing else.
+        self._idle = int(np.flatnonzero(self._done_S)[0])
+        self._state = begin(
+            self._machine,
+            GrammarState(jnp.full(self._num, self._idle, jnp.int32), jnp.zeros(self._num, jnp.int32)),
+            np.zeros(self._num, np.int32),
+            keys_N[np.zeros(self._num, np.int32)],
+            cache_length=bucket_of(max(len(p.tokens_L) + limit for p, limit in zip(prompts, limits, strict=True))),
+            max_new_tokens=bucket_of(max(limits)),
+            is_guided=self._contexts > 1,
+        )
 
-@functools.partial(jax.jit, static_argnames=("machine", "bos", "max_new_tokens", "is_guided"))
-def answer(
-    machine: Machine,
-    params: PyTree,
-    tables: GrammarTables,
-    prompt_BL: IntArray,
-    lengths_B: IntArray,
-    grammar: GrammarState,
-    limits_B: IntArray,
-    keys_B: jax.Array,
-    *,
-    bos: int,
-    max_new_tokens: int,
-    is_guided: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Reads the prompts and decodes until every row is done.
+    def fill(self, waiting: collections.deque[int]) -> None:
+        """Gives the free rows the next prompts, if there are any."""
+        free = [slot for slot, asked in enumerate(self._asked) if asked is None]
+        pairs = [(slot, waiting.popleft()) for slot in free[: len(waiting)]]
+        group = self._num if 2 * len(pairs) > self._num else self._few
+        for first in range(0, len(pairs), group):
+            self._read(pairs[first : first + group], group)
 
-    With `is_guided` every row has a twin in the cache whose prompt is the beginning of sequence alone and whose answer
-    is the row's own: what the model would say unasked. It serves states with guidance other than 1.
+    def _read(self, pairs: list[tuple[int, int]], group: int) -> None:
+        """Reads the prompts of (slot, prompt) pairs, at most `group`, in a program for `group` of them."""
+        slots, chosen = (np.array(numbers, np.int32) for numbers in zip(*pairs, strict=True))
+        spare = group - len(pairs)
+        tokens_CGL = np.full((self._contexts, group, self._width), self._model.vocab.bos, np.int32)
+        lengths_CG = np.ones((self._contexts, group), np.int32)
+        for row, i in enumerate(chosen):
+            lengths_CG[0, row] = len(self._prompts[i].tokens_L)
+            tokens_CGL[0, row, : lengths_CG[0, row]] = self._prompts[i].tokens_L
+        start = self._grammar.start([self._prompts[i].task for i in chosen])
+        self._state = refill_jitted(
+            self._machine,
+            self._model.params,
+            self._state,
+            GrammarState(
+                jnp.pad(start.state_B, (0, spare), constant_values=self._idle), jnp.pad(start.count_B, (0, spare))
+            ),
+            np.pad(np.array([self._limits[i] for i in chosen], np.int32), (0, spare)),
+            self._keys_N[np.pad(chosen, (0, spare))],
+            tokens_CGL.reshape(-1, self._width),
+            lengths_CG.reshape(-1),
+            np.pad(slots, (0, spare), constant_values=self._num),
+        )
+        for slot, i in pairs:
+            self._asked[slot] = i
 
-    Args:
-      prompt_BL: row b holds `lengths_B[b]` tokens, at least one, then padding.
-      limits_B: most tokens of each answer, at most `max_new_tokens` (the width of the result).
-
-    Returns:
-      tokens [B, max_new_tokens] and the number of tokens of each answer, end token included.
-    """
-    cache_length = prompt_BL.shape[1] + max_new_tokens
-    state = begin(
-        machine,
-        grammar,
-        limits_B,
-        keys_B,
-        cache_length=cache_length,
-        max_new_tokens=max_new_tokens,
-        is_guided=is_guided,
-    )
-    if is_guided:
-        prompt_BL = jnp.concatenate([prompt_BL, jnp.full_like(prompt_BL, bos)])
-        lengths_B = jnp.concatenate([lengths_B, jnp.ones_like(lengths_B)])
-    state = decode(machine, params, tables, extend(machine, params, state, prompt_BL, lengths_B), max_new_tokens)
-    return state.tokens_BT, state.step_B
+    def run(self) -> list[tuple[int, np.ndarray]]:
+        """Decodes until a few rows more are done; the prompts that they answer, and the answers."""
+        num_busy = sum(asked is not None for asked in self._asked)
+        enough = self._num - max(num_busy - self._few, 0)
+        state = self._state = decode_jitted(
+            self._machine, self._model.params, self._grammar.tables, self._state, self._state.tokens_BT.shape[1], enough
+        )
+        state_B, steps_B, tokens_BT = jax.device_get((state.grammar.state_B, state.step_B, state.tokens_BT))
+        found = []
+        for slot, i in enumerate(self._asked):
+            if i is not None and self._done_S[state_B[slot]]:
+                found.append((i, tokens_BT[slot, : steps_B[slot]].copy()))
+                self._asked[slot] = None
+        return found

@@ -84,11 +84,20 @@ def begin(
 
 
 def extend(
-    machine: Machine, params: PyTree, state: DecodeState, tokens_RL: IntArray, lengths_R: IntArray
+    machine: Machine,
+    params: PyTree,
+    state: DecodeState,
+    tokens_RL: IntArray,
+    lengths_R: IntArray,
+    *,
+    chunk_tokens: int | None = None,
 ) -> DecodeState:
-    """Reads `lengths_R` tokens into each cached row, behind what it holds; a row of none stays as it is."""
+    """Reads `lengths_R` tokens into each cached row, behind what it holds; a row of none stays as it is.
+
+    Rows are read together, `chunk_tokens` (`PREFILL_TOKENS` without it) at a time, as far as the longest one goes.
+    """
     num_rows, width = tokens_RL.shape
-    chunk = min(width, PREFILL_TOKENS)
+    chunk = min(width, chunk_tokens or PREFILL_TOKENS)
     num_chunks = -(-width // chunk)
     padded_RL = jnp.pad(jnp.asarray(tokens_RL), ((0, 0), (0, num_chunks * chunk - width)))
 
@@ -105,18 +114,28 @@ def extend(
         return jnp.where(((last_R >= 0) & (last_R < chunk))[:, None], found_RD, hidden_RD), caches
 
     start = (state.hidden_RD, state.caches)
-    hidden_RD, caches = body(jnp.int32(0), start) if num_chunks == 1 else jax.lax.fori_loop(0, num_chunks, body, start)
+    if num_chunks == 1:
+        hidden_RD, caches = body(jnp.int32(0), start)
+    else:
+        num_needed = (jnp.max(lengths_R) + chunk - 1) // chunk
+        hidden_RD, caches = jax.lax.fori_loop(0, num_needed, body, start)
     return dataclasses.replace(state, hidden_RD=hidden_RD, caches=caches, place_R=state.place_R + lengths_R)
 
 
 def decode(
-    machine: Machine, params: PyTree, tables: GrammarTables, state: DecodeState, num_tokens: int | jax.Array
+    machine: Machine,
+    params: PyTree,
+    tables: GrammarTables,
+    state: DecodeState,
+    num_tokens: int | jax.Array,
+    num_done: int | jax.Array | None = None,
 ) -> DecodeState:
-    """Up to `num_tokens` more tokens of every answer that is not done."""
+    """Up to `num_tokens` more tokens of every answer that is not done; fewer when `num_done` rows (all) are done."""
+    enough = len(state.step_B) if num_done is None else num_done
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         count, state = carry
-        return (count < num_tokens) & ~jnp.all(tables.done_S[state.grammar.state_B])
+        return (count < num_tokens) & (jnp.sum(tables.done_S[state.grammar.state_B]) < enough)
 
     def emit(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         count, state = carry

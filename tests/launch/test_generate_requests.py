@@ -86,7 +86,7 @@ ONLY_IN_FILES = (
     ('{"task": "question", "text": 5}', "text must be a string, not 5"),
     ('{"task": "caption"}', "line {}: caption needs --image"),
     ('{"text": "of no task"}', "line {}: unknown task ''"),
-    ('{"task": "question", "text": "\\ud800"}', "surrogates not allowed"),
+    ('{"task": "question", "text": "\\ud800"}', "not valid Unicode"),
 )
 GOOD = (
     {"task": "caption", "image": "good.png"},
