@@ -88,7 +88,6 @@ def _ours(directory: Path) -> Callable[[str], Any]:
             row_keys(0, [0]),
             cache_length=PROMPT_TOKENS + room,
             max_new_tokens=room,
-            is_guided=False,
         )
         start = time.perf_counter()
         state = extend_jitted(machine, model.params, state, prompt_L[None], np.array([PROMPT_TOKENS], np.int32))

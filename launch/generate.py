@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="of pictures and chat (default: the config's)")
     parser.add_argument("--top_p", type=float, metavar="P", help="of pictures and chat (default: the config's)")
     parser.add_argument("--guidance", type=float, metavar="S", help="of pictures, 1 for none (default: the config's)")
+    parser.add_argument(
+        "--image_guidance",
+        type=float,
+        metavar="S",
+        help="by the pictures of a prompt, beside --guidance by its words (default: the config's, or --guidance)",
+    )
     add_config_argument(parser, "configs/decode.py")
     parser.add_argument(
         "--describe",
@@ -89,7 +95,10 @@ def main(args: argparse.Namespace) -> int:
         # What was answered is told also when the rest is not wanted any more.
         settings = {
             name: getattr(args, name)
-            for name in ("model", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p", "guidance")
+            for name in (
+                *("model", "seed", "max_text_tokens", "max_seconds"),
+                *("temperature", "top_p", "guidance", "image_guidance"),
+            )
         }
         settings["decoding"] = dataclasses.asdict(decoding)
         result = {"settings": settings, "step": loaded.step, "seconds": seconds, "answers": lines}
@@ -129,9 +138,13 @@ def read_decoding(args: argparse.Namespace) -> DecodingConfig:
         return dataclasses.replace(mode, **given)
 
     config = from_mapping(DecodingConfig, load_config(args))
+    image = config.image
+    if args.guidance is not None:
+        # One number is for all that is asked: the config's other one belongs to the config's first.
+        image = dataclasses.replace(image, image_guidance=None)
     return dataclasses.replace(
         config,
-        image=adjusted(config.image, "temperature", "top_p", "guidance"),
+        image=adjusted(image, "temperature", "top_p", "guidance", "image_guidance"),
         text=adjusted(config.text, "temperature", "top_p"),
     )
 

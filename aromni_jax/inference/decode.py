@@ -24,6 +24,7 @@ from aromni_jax.inference.slots import refill_jitted
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.unstacked import unstack
 from aromni_jax.structs import Example, Task
+from aromni_jax.tokenizers import joint
 from aromni_jax.vocab import JointVocab
 
 LENGTH_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -109,6 +110,17 @@ def check_request(model: OmniModel, grammar: Grammar, prompt: Example, max_new_t
     return min(max_new_tokens, model.max_positions - length)
 
 
+def num_contexts(grammar: Grammar, prompt: Example) -> int:
+    """Rows of the cache that an answer to `prompt` takes (`Policy.num_contexts`)."""
+    without, with_picture = grammar.contexts[prompt.task]
+    return with_picture if joint.has_picture(prompt) else without
+
+
+def contexts_of(prompt: Example, vocab: JointVocab, count: int) -> list[np.ndarray]:
+    """What the first `count` rows of an answer read: the prompt, nothing of it, and its pictures alone."""
+    return [prompt.tokens_L, joint.unconditional_prompt(vocab), joint.pictures_prompt(prompt, vocab)][:count]
+
+
 def generate(
     model: OmniModel,
     grammar: Grammar,
@@ -177,7 +189,7 @@ class _Slots:
         # Reading prompts stops all rows: to wait for a few costs less than to stop for each.
         self._few = max(1, self._num // ROWS_PER_REFILL)
         self._asked: list[int | None] = [None] * self._num
-        self._contexts = 1 + any(prompt.task in grammar.guided_tasks for prompt in prompts)
+        self._contexts = max(num_contexts(grammar, prompt) for prompt in prompts)
         self._width = bucket_of(max(len(prompt.tokens_L) for prompt in prompts))
         self._done_S = np.asarray(grammar.tables.done_S)
         # A row without a prompt is one that is done: it costs its share of the batch and nothing else.
@@ -189,7 +201,7 @@ class _Slots:
             keys_N[np.zeros(self._num, np.int32)],
             cache_length=bucket_of(max(len(p.tokens_L) + limit for p, limit in zip(prompts, limits, strict=True))),
             max_new_tokens=bucket_of(max(limits)),
-            is_guided=self._contexts > 1,
+            num_contexts=self._contexts,
         )
 
     def fill(self, waiting: collections.deque[int]) -> None:
@@ -207,8 +219,9 @@ class _Slots:
         tokens_CGL = np.full((self._contexts, group, self._width), self._model.vocab.bos, np.int32)
         lengths_CG = np.ones((self._contexts, group), np.int32)
         for row, i in enumerate(chosen):
-            lengths_CG[0, row] = len(self._prompts[i].tokens_L)
-            tokens_CGL[0, row, : lengths_CG[0, row]] = self._prompts[i].tokens_L
+            for context, tokens_L in enumerate(contexts_of(self._prompts[i], self._model.vocab, self._contexts)):
+                tokens_CGL[context, row, : len(tokens_L)] = tokens_L
+                lengths_CG[context, row] = len(tokens_L)
         start = self._grammar.start([self._prompts[i].task for i in chosen])
         self._state = refill_jitted(
             self._machine,

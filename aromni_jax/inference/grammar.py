@@ -56,6 +56,7 @@ class GrammarTables:
     repetition_penalty_S: FloatArray
     segment_scope_S: BoolArray
     guidance_S: FloatArray
+    image_guidance_S: FloatArray
     span_S: IntArray
 
 
@@ -70,7 +71,8 @@ class GrammarState:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grammar:
-    """Tables with the names behind their indices; of each task the start state, shortest answer, need of guidance.
+    """Tables with the names behind their indices; of each task the start state, the shortest answer, and what guidance
+    costs without and with a picture in the prompt (`Policy.num_contexts`).
 
     `kinds` says of each state what is being made there: "text" (also wherever the next segment is chosen),
     "transcript", "speech", "image", or "done".
@@ -83,7 +85,7 @@ class Grammar:
     modes: tuple[Mode, ...]
     start_states: Mapping[Task, int]
     shortest_answers: Mapping[Task, int]
-    guided_tasks: frozenset[Task]
+    contexts: Mapping[Task, tuple[int, int]]
 
     def start_of(self, task: Task) -> int:
         """The state in which answers to `task` begin; ValueError for a task this grammar was compiled without."""
@@ -233,10 +235,14 @@ def compile_grammar(vocab: JointVocab, policies: Mapping[Task, Policy]) -> Gramm
         repetition_penalty_S=jnp.asarray([mode.repetition_penalty for mode in modes], jnp.float32),
         segment_scope_S=jnp.asarray([mode.repetition_scope == "segment" for mode in modes]),
         guidance_S=jnp.asarray([mode.guidance for mode in modes], jnp.float32),
+        image_guidance_S=jnp.asarray([mode.picture_guidance for mode in modes], jnp.float32),
         span_S=jnp.asarray(_spans(vocab, class_V, legal_SC | legal_at_budget_SC), jnp.int32),
     )
     shortest = {task: int(cost_S[state]) for task, state in starts.items()}
-    guided = frozenset(task for task, policy in policies.items() if policy.is_guided)
+    contexts = {
+        task: (policy.num_contexts(sees_picture=False), policy.num_contexts(sees_picture=True))
+        for task, policy in policies.items()
+    }
     return Grammar(
         tables,
         state_names=tuple(builder.states),
@@ -245,7 +251,7 @@ def compile_grammar(vocab: JointVocab, policies: Mapping[Task, Policy]) -> Gramm
         modes=modes,
         start_states=starts,
         shortest_answers=shortest,
-        guided_tasks=guided,
+        contexts=contexts,
     )
 
 

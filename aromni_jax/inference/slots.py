@@ -47,7 +47,7 @@ def refill(
         keys_G,
         cache_length=tokens_XL.shape[1],
         max_new_tokens=0,
-        is_guided=contexts > 1,
+        num_contexts=contexts,
     )
     fresh = extend(machine, params, fresh, tokens_XL, lengths_X, chunk_tokens=REFILL_TOKENS)
     rows_CG = jnp.where(slots_G < num_slots, slots_G + num_slots * jnp.arange(contexts)[:, None], num_cached)

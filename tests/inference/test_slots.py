@@ -104,10 +104,10 @@ def test_taking_turns_compiles_nothing_and_looks_at_the_device_seldom(model, gra
     assert sum(map(len, answers)) > 4 * calls["decode"]
 
 
-@pytest.mark.parametrize("is_guided", [False, True])
-def test_a_refilled_row_is_a_fresh_one_and_the_others_stay(model, grammar, is_guided):  # noqa: F811
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_a_refilled_row_is_a_fresh_one_and_the_others_stay(model, grammar, copies):  # noqa: F811
     """Every field of the state, by hand: three rows in the middle of their answers, new questions for two of them."""
-    machine, copies = model.machine, 1 + is_guided
+    machine = model.machine
     rng = np.random.default_rng(3)
 
     def start(tasks, seed, tokens, lengths, cache_length):
@@ -118,7 +118,7 @@ def test_a_refilled_row_is_a_fresh_one_and_the_others_stay(model, grammar, is_gu
             row_keys(seed, list(range(len(tasks)))),
             cache_length=cache_length,
             max_new_tokens=30,
-            is_guided=is_guided,
+            num_contexts=copies,
         )
         return extend_jitted(machine, model.params, state, tokens, lengths)
 
