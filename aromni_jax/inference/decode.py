@@ -18,9 +18,9 @@ import numpy as np
 from aromni_jax.arrays import PyTree
 from aromni_jax.inference.grammar import Grammar, GrammarState
 from aromni_jax.inference.head import spans_of
-from aromni_jax.inference.machine import Machine, begin, decode_jitted
+from aromni_jax.inference.machine import DecodeState, Machine, begin, decode_jitted, extend_jitted
 from aromni_jax.inference.sampling import row_keys
-from aromni_jax.inference.slots import refill_jitted
+from aromni_jax.inference.slots import REFILL_TOKENS, refill_jitted
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.unstacked import unstack
 from aromni_jax.structs import Example, Task
@@ -191,58 +191,75 @@ class _Slots:
         self._asked: list[int | None] = [None] * self._num
         self._contexts = max(num_contexts(grammar, prompt) for prompt in prompts)
         self._width = bucket_of(max(len(prompt.tokens_L) for prompt in prompts))
+        self._room = bucket_of(max(len(p.tokens_L) + limit for p, limit in zip(prompts, limits, strict=True)))
         self._done_S = np.asarray(grammar.tables.done_S)
-        # A row without a prompt is one that is done: it costs its share of the batch and nothing else.
-        self._idle = int(np.flatnonzero(self._done_S)[0])
-        self._state = begin(
-            self._machine,
-            GrammarState(jnp.full(self._num, self._idle, jnp.int32), jnp.zeros(self._num, jnp.int32)),
-            np.zeros(self._num, np.int32),
-            keys_N[np.zeros(self._num, np.int32)],
-            cache_length=bucket_of(max(len(p.tokens_L) + limit for p, limit in zip(prompts, limits, strict=True))),
-            max_new_tokens=bucket_of(max(limits)),
-            num_contexts=self._contexts,
-        )
+        self._state: DecodeState | None = None
 
     def fill(self, waiting: collections.deque[int]) -> None:
         """Gives the free rows the next prompts, if there are any."""
         free = [slot for slot, asked in enumerate(self._asked) if asked is None]
         pairs = [(slot, waiting.popleft()) for slot in free[: len(waiting)]]
-        group = self._num if 2 * len(pairs) > self._num else self._few
-        for first in range(0, len(pairs), group):
-            self._read(pairs[first : first + group], group)
+        self._asked = [dict(pairs).get(slot, asked) for slot, asked in enumerate(self._asked)]
+        if len(free) == self._num:
+            self._begin(pairs)
+            return
+        for first in range(0, len(pairs), self._few):
+            group = pairs[first : first + self._few]
+            slots = np.pad([slot for slot, _ in group], (0, self._few - len(group)), constant_values=self._num)
+            self._state = refill_jitted(
+                self._machine,
+                self._model.params,
+                self._state,
+                *self._questions([i for _, i in group], self._few),
+                slots.astype(np.int32),
+            )
 
-    def _read(self, pairs: list[tuple[int, int]], group: int) -> None:
-        """Reads the prompts of (slot, prompt) pairs, at most `group`, in a program for `group` of them."""
-        slots, chosen = (np.array(numbers, np.int32) for numbers in zip(*pairs, strict=True))
-        spare = group - len(pairs)
-        tokens_CGL = np.full((self._contexts, group, self._width), self._model.vocab.bos, np.int32)
-        lengths_CG = np.ones((self._contexts, group), np.int32)
+    def _begin(self, pairs: list[tuple[int, int]]) -> None:
+        """Reads the first prompts, or the next ones when all rows are free at once, where they are to stay."""
+        self._state = None  # or two caches would be alive
+        grammar, limit_B, keys_B, tokens_RL, lengths_R = self._questions([i for _, i in pairs], self._num)
+        state = begin(
+            self._machine,
+            grammar,
+            limit_B,
+            keys_B,
+            cache_length=self._room,
+            max_new_tokens=bucket_of(max(self._limits)),
+            num_contexts=self._contexts,
+        )
+        self._state = extend_jitted(
+            self._machine, self._model.params, state, tokens_RL, lengths_R, chunk_tokens=REFILL_TOKENS
+        )
+
+    def _questions(
+        self, chosen: list[int], count: int
+    ) -> tuple[GrammarState, np.ndarray, jax.Array, np.ndarray, np.ndarray]:
+        """Grammar, limits, keys, tokens and lengths of the chosen prompts and of idle rows, `count` of them together.
+
+        A row without a prompt is one that is done: it costs its share of the batch and nothing else.
+        """
+        spare = count - len(chosen)
+        tokens_CGL = np.full((self._contexts, count, self._width), self._model.vocab.bos, np.int32)
+        lengths_CG = np.ones((self._contexts, count), np.int32)
         for row, i in enumerate(chosen):
             for context, tokens_L in enumerate(contexts_of(self._prompts[i], self._model.vocab, self._contexts)):
                 tokens_CGL[context, row, : len(tokens_L)] = tokens_L
                 lengths_CG[context, row] = len(tokens_L)
+        idle = int(np.flatnonzero(self._done_S)[0])
         start = self._grammar.start([self._prompts[i].task for i in chosen])
-        self._state = refill_jitted(
-            self._machine,
-            self._model.params,
-            self._state,
-            GrammarState(
-                jnp.pad(start.state_B, (0, spare), constant_values=self._idle), jnp.pad(start.count_B, (0, spare))
-            ),
+        return (
+            GrammarState(jnp.pad(start.state_B, (0, spare), constant_values=idle), jnp.pad(start.count_B, (0, spare))),
             np.pad(np.array([self._limits[i] for i in chosen], np.int32), (0, spare)),
-            self._keys_N[np.pad(chosen, (0, spare))],
+            self._keys_N[np.pad(np.array(chosen, np.int32), (0, spare))],
             tokens_CGL.reshape(-1, self._width),
             lengths_CG.reshape(-1),
-            np.pad(slots, (0, spare), constant_values=self._num),
         )
-        for slot, i in pairs:
-            self._asked[slot] = i
 
     def run(self) -> list[tuple[int, np.ndarray]]:
         """Decodes until a few rows more are done; the prompts that they answer, and the answers."""
         num_busy = sum(asked is not None for asked in self._asked)
         enough = self._num - max(num_busy - self._few, 0)
+        assert self._state is not None
         state = self._state = decode_jitted(
             self._machine, self._model.params, self._grammar.tables, self._state, self._state.tokens_BT.shape[1], enough
         )

@@ -218,5 +218,7 @@ def choose(
     )
 
 
-extend_jitted = functools.partial(jax.jit, static_argnames=("machine",), donate_argnames=("state",))(extend)
+extend_jitted = functools.partial(jax.jit, static_argnames=("machine", "chunk_tokens"), donate_argnames=("state",))(
+    extend
+)
 decode_jitted = functools.partial(jax.jit, static_argnames=("machine",), donate_argnames=("state",))(decode)
