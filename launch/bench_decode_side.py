@@ -96,7 +96,6 @@ def _ours(directory: Path, is_beside_peer: bool) -> Callable[[str], Any]:
             row_keys(0, list(range(rows))),
             cache_length=PROMPT_TOKENS + room,
             max_new_tokens=room,
-            is_guided=False,
         )
         start = time.perf_counter()
         prompts_RL = np.tile(prompt_L, (rows, 1))

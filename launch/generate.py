@@ -10,25 +10,19 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from launch.flags import add_config_argument, load_config
+from launch.flags import BAD_INPUT, add_config_argument, load_config
+from launch.generate_requests import TASKS, Refused, Request, read_requests
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from aromni_jax.inference.grammar import Grammar
     from aromni_jax.inference.policy import DecodingConfig, Mode
     from aromni_jax.structs import Example, Message, Part, Task
     from launch.loading import LoadedModel
 
-TASKS = ("text-to-image", "text-to-speech", "speech-to-text", "caption", "speech-to-image", "question", "chat")
-_NEEDS = {
-    "text-to-image": ("text",),
-    "text-to-speech": ("text",),
-    "speech-to-text": ("speech",),
-    "caption": ("image",),
-    "speech-to-image": ("speech",),
-    "question": ("text",),
-    "chat": (),
-}
-_MAY_HAVE = {"question": ("text", "image"), "chat": ("text", "image", "speech")}
+    Answer = tuple[int, tuple[Part, ...], dict[str, Any]]
+    """The place of a request, the parts of its answer, and the record of its latency where it was streamed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="of pictures and chat (default: the config's)")
     parser.add_argument("--top_p", type=float, metavar="P", help="of pictures and chat (default: the config's)")
     parser.add_argument("--guidance", type=float, metavar="S", help="of pictures, 1 for none (default: the config's)")
+    parser.add_argument(
+        "--image_guidance",
+        type=float,
+        metavar="S",
+        help="by the pictures of a prompt, beside --guidance by its words (default: the config's, or --guidance)",
+    )
     add_config_argument(parser, "configs/decode.py")
     parser.add_argument(
         "--describe",
@@ -61,72 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", default="", metavar="NAME", help="prompt templates, where the model names none")
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One thing asked: a task and what goes with it; media as paths."""
-
-    task: str
-    text: str | None = None
-    image: str | None = None
-    speech: str | None = None
-
-    def check(self, where: str) -> None:
-        """ValueError naming `where` when the task is unknown or its inputs are not the ones it takes."""
-        import difflib
-
-        if self.task not in TASKS:
-            near = difflib.get_close_matches(self.task, TASKS, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"tasks: {', '.join(TASKS)}"
-            raise ValueError(f"{where}: unknown task {self.task!r}; {hint}")
-        given = [kind for kind in ("text", "image", "speech") if getattr(self, kind) is not None]
-        needed, allowed = _NEEDS[self.task], _MAY_HAVE.get(self.task, _NEEDS[self.task])
-        missing = [f"--{kind}" for kind in needed if kind not in given]
-        extra = [f"--{kind}" for kind in given if kind not in allowed]
-        if missing or not given:
-            raise ValueError(
-                f"{where}: {self.task} needs {', '.join(missing) or 'something to answer to, such as --text'}"
-            )
-        if extra:
-            raise ValueError(f"{where}: {self.task} does not take {', '.join(extra)}")
-
-
-def read_requests(args: argparse.Namespace) -> list[Request]:
-    """The requests of the command line, or of the lines of `--input`.
+def main(args: argparse.Namespace) -> int:
+    """Answers every request and writes the answers; one that cannot be answered loses no other.
 
     Raises:
-      ValueError: both or neither are given, or a line is not a request.
+      ValueError: a bad command line or model, or not one request that can be answered, before anything is written; or
+        requests without an answer, after all others have theirs.
     """
-    if not args.input:
-        if not args.task:
-            raise ValueError(f"give a task ({', '.join(TASKS)}) or --input=FILE.jsonl")
-        requests = [Request(args.task, args.text, args.image, args.speech)]
-        requests[0].check("command line")
-        return requests
-    if args.text or args.image or args.speech:
-        raise ValueError("give --text, --image and --speech in the lines of --input, not beside it")
-    path = pathlib.Path(args.input)
-    requests = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            fields = {"task": args.task, **json.loads(line)}
-            request = Request(**fields)
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{where} is not a request with task, text, image or speech: {error}") from error
-        # Media are named relative to the file that names them.
-        media = {k: str(path.parent / v) for k in ("image", "speech") if (v := getattr(request, k)) is not None}
-        request = dataclasses.replace(request, **media)
-        request.check(where)
-        requests.append(request)
-    if not requests:
-        raise ValueError(f"{path} holds no requests")
-    return requests
-
-
-def main(args: argparse.Namespace) -> int:
-    """Answers every request and writes the answers."""
     if args.describe:
         from launch.generate_describe import describe_machine
 
@@ -134,47 +75,57 @@ def main(args: argparse.Namespace) -> int:
     requests = read_requests(args)
     from launch.loading import load_model
 
-    started = time.perf_counter()
+    clock = time.perf_counter()
     loaded = load_model(args.model, template=args.template)
-    loaded_at = time.perf_counter()
-    output = pathlib.Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    seconds = {"load": time.perf_counter() - clock, "generate": 0.0}
     decoding = read_decoding(args)
     asked = ask(loaded, requests, args, decoding)
-    latencies: list[dict[str, Any]] = [{} for _ in requests]
-    if args.stream:
-        from launch.generate_stream import stream_answers
-
-        answers, latencies = stream_answers(
-            loaded, asked, [_stem(i, r) for i, r in enumerate(requests)], output, args.seed
-        )
-    else:
-        answers = answer(loaded, asked, args.seed)
-    seconds = {"load": loaded_at - started, "generate": time.perf_counter() - loaded_at}
-    lines = [
-        _write(parts, request, output, i, loaded, sound_is_written=args.stream)
-        | ({"latency": latency} if latency else {})
-        for i, (request, parts, latency) in enumerate(zip(requests, answers, latencies, strict=True))
-    ]
-    settings = {
-        name: getattr(args, name)
-        for name in ("model", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p", "guidance")
-    }
-    settings["decoding"] = dataclasses.asdict(decoding)
-    result = {"settings": settings, "step": loaded.step, "seconds": seconds, "answers": lines}
-    (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    output = pathlib.Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    lines = [_unanswered(r, asked.errors.get(i, "interrupted before it was answered")) for i, r in enumerate(requests)]
+    try:
+        clock = time.perf_counter()
+        for index, parts, latency in _answers(loaded, asked, args, [_stem(i, r) for i, r in enumerate(requests)]):
+            seconds["generate"] += time.perf_counter() - clock
+            lines[index] = _answered(parts, requests[index], output, index, loaded, sound_is_written=args.stream)
+            if latency:
+                lines[index]["latency"] = latency
+            clock = time.perf_counter()
+    finally:
+        # What was answered is told also when the rest is not wanted any more.
+        settings = {
+            name: getattr(args, name)
+            for name in (
+                *("model", "seed", "max_text_tokens", "max_seconds"),
+                *("temperature", "top_p", "guidance", "image_guidance"),
+            )
+        }
+        settings["decoding"] = dataclasses.asdict(decoding)
+        result = {"settings": settings, "step": loaded.step, "seconds": seconds, "answers": lines}
+        (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for line in lines:
-        print(f"{line['task']}: {'; '.join(line['text'] + line['files'])}")
+        if "error" not in line:
+            print(f"{line['task']}: {'; '.join(line['text'] + line['files'])}")
+    errors = [line["error"] for line in lines if "error" in line]
+    if errors:
+        raise ValueError(
+            f"{len(errors)} of {len(lines)} requests were not answered; {output / 'result.json'} says why of each, the "
+            f"first: {errors[0]}"
+        )
     return 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Asked:
-    """Requests ready for the model: the automaton of their tasks, their prompts, and most tokens of each task."""
+    """Requests ready for the model: the automaton of their tasks, their prompts, and most tokens of each task.
+
+    `prompts` and `errors` are keyed by a request's place among all of them: it is in the one or in the other.
+    """
 
     grammar: Grammar
-    prompts: list[Example]
+    prompts: dict[int, Example]
     limits: dict[Task, int]
+    errors: dict[int, str]
 
 
 def read_decoding(args: argparse.Namespace) -> DecodingConfig:
@@ -187,38 +138,81 @@ def read_decoding(args: argparse.Namespace) -> DecodingConfig:
         return dataclasses.replace(mode, **given)
 
     config = from_mapping(DecodingConfig, load_config(args))
+    image = config.image
+    if args.guidance is not None:
+        # One number is for all that is asked: the config's other one belongs to the config's first.
+        image = dataclasses.replace(image, image_guidance=None)
     return dataclasses.replace(
         config,
-        image=adjusted(config.image, "temperature", "top_p", "guidance"),
+        image=adjusted(image, "temperature", "top_p", "guidance", "image_guidance"),
         text=adjusted(config.text, "temperature", "top_p"),
     )
 
 
-def ask(loaded: LoadedModel, requests: list[Request], args: argparse.Namespace, decoding: DecodingConfig) -> Asked:
-    """Encodes the requests, media included, under the settings of the command line."""
-    from aromni_jax.inference.grammar import compile_grammar
+def ask(
+    loaded: LoadedModel, requests: list[Request | Refused], args: argparse.Namespace, decoding: DecodingConfig
+) -> Asked:
+    """Encodes the requests, media included, under the settings of the command line; what cannot be asked is noted.
+
+    Raises:
+      ValueError: none of them can be asked.
+    """
+    from aromni_jax.inference.decode import check_request
+    from aromni_jax.inference.grammar import check_codes, compile_grammar
     from aromni_jax.inference.policy import policy_for
     from aromni_jax.structs import Task
     from aromni_jax.tokenizers import joint
 
     vocab, bundle = loaded.model.vocab, loaded.bundle
-
-    tasks = {request.task: Task.from_name(request.task) for request in requests}
-    policies = {task: policy_for(task, decoding) for task in tasks.values()}
     speech_tokens = 0
     if bundle.speech:
         speech_tokens = round(args.max_seconds * bundle.speech.codes_per_second) * len(vocab.speech)
-    limits = {task: _limit(task, args.max_text_tokens, speech_tokens, vocab.tokens_per_image) for task in policies}
-    prompts = [
-        joint.prompt(
-            [_question(request, loaded)], tasks[request.task], vocab, bundle.text, loaded.templates, key=str(i)
+    prompts: dict[int, Example] = {}
+    errors: dict[int, str] = {}
+    for index, request in enumerate(requests):
+        try:
+            if isinstance(request, Refused):
+                raise ValueError(request.error)
+            task = Task.from_name(request.task)
+            check_codes(vocab, request.task, policy_for(task, decoding))
+            question = _question(request, loaded)
+            key = request.task if len(requests) == 1 else f"{index} ({request.task})"
+            prompts[index] = joint.prompt([question], task, vocab, bundle.text, loaded.templates, key=key)
+        except BAD_INPUT as error:
+            errors[index] = str(error)
+    _check_any(prompts, errors)
+    tasks = sorted({prompt.task for prompt in prompts.values()})
+    grammar = compile_grammar(vocab, {task: policy_for(task, decoding) for task in tasks})
+    limits = {task: _limit(task, args.max_text_tokens, speech_tokens, vocab.tokens_per_image) for task in tasks}
+    for index, prompt in list(prompts.items()):
+        try:
+            check_request(loaded.model, grammar, prompt, limits[prompt.task])
+        except ValueError as error:
+            errors[index] = str(error)
+            del prompts[index]
+    _check_any(prompts, errors)
+    return Asked(grammar, prompts, limits, errors)
+
+
+def _check_any(prompts: dict[int, Example], errors: dict[int, str]) -> None:
+    """ValueError with what is wrong with the first request where none is left."""
+    if not prompts:
+        first = errors[min(errors)]
+        raise ValueError(
+            first if len(errors) == 1 else f"none of {len(errors)} requests can be answered; the first: {first}"
         )
-        for i, request in enumerate(requests)
-    ]
-    return Asked(compile_grammar(vocab, policies), prompts, limits)
 
 
-def answer(loaded: LoadedModel, asked: Asked, seed: int) -> list[tuple[Part, ...]]:
+def _answers(loaded: LoadedModel, asked: Asked, args: argparse.Namespace, stems: list[str]) -> Iterator[Answer]:
+    """What the model answers, media as codes: one request after the other as a stream, or all together."""
+    if args.stream:
+        from launch.generate_stream import stream_answers
+
+        return stream_answers(loaded, asked, stems, pathlib.Path(args.output), args.seed)
+    return answer(loaded, asked, args.seed)
+
+
+def answer(loaded: LoadedModel, asked: Asked, seed: int) -> Iterator[Answer]:
     """What the model answers to each request, media as codes; all together, in batches."""
     from aromni_jax.inference.decode import generate
     from aromni_jax.tokenizers import joint
@@ -230,12 +224,20 @@ def answer(loaded: LoadedModel, asked: Asked, seed: int) -> list[tuple[Part, ...
             print(f"\r{done} of {total} answers", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
     made = generate(
-        loaded.model, asked.grammar, asked.prompts, max_new_tokens=asked.limits, seed=seed, progress=progress
+        loaded.model,
+        asked.grammar,
+        list(asked.prompts.values()),
+        max_new_tokens=asked.limits,
+        seed=seed,
+        # A row's randomness is its place in the file, whatever becomes of its neighbours.
+        row_ids=list(asked.prompts),
+        progress=progress,
     )
-    return [joint.parts_of(ids.tolist(), loaded.model.vocab, loaded.bundle.text) for ids in made]
+    for index, ids in zip(asked.prompts, made, strict=True):
+        yield index, joint.parts_of(ids.tolist(), loaded.model.vocab, loaded.bundle.text), {}
 
 
-def _stem(index: int, request: Request) -> str:
+def _stem(index: int, request: Request | Refused) -> str:
     """What the files of an answer are called, without their ending."""
     return f"{index:04d}_{request.task.replace('-', '_')}"
 
@@ -274,16 +276,36 @@ def _question(request: Request, loaded: LoadedModel) -> Message:
     return Message("user", tuple(parts))
 
 
-def _write(
+def _unanswered(request: Request | Refused, error: str) -> dict[str, Any]:
+    """The line of `result.json` of a request without an answer."""
+    asked = request.request if isinstance(request, Refused) else dataclasses.asdict(request)
+    return {"task": request.task, "request": asked, "text": [], "files": [], "error": error}
+
+
+def _answered(
     parts: tuple[Part, ...],
-    request: Request,
+    request: Request | Refused,
     output: pathlib.Path,
     index: int,
     loaded: LoadedModel,
     *,
     sound_is_written: bool,
 ) -> dict[str, Any]:
-    """Writes one answer's files and returns its line of `result.json`."""
+    """Writes one answer's files and returns its line of `result.json`, also where a part of it cannot be written."""
+    assert isinstance(request, Request)
+    line = {"task": request.task, "request": dataclasses.asdict(request), "text": [], "files": []}
+    try:
+        line["text"], line["files"] = _write(parts, output, _stem(index, request), loaded, sound_is_written)
+    except ValueError as error:
+        line["text"] = [part.text for part in parts if hasattr(part, "text")]
+        line["error"] = str(error)
+    return line
+
+
+def _write(
+    parts: tuple[Part, ...], output: pathlib.Path, stem: str, loaded: LoadedModel, sound_is_written: bool
+) -> tuple[list[str], list[str]]:
+    """Writes one answer's files; returns its texts and the names of its pictures and sounds."""
     import soundfile
     from PIL import Image as PilImage
 
@@ -291,7 +313,6 @@ def _write(
 
     files: list[str] = []
     texts = [part.text for part in parts if isinstance(part, Text)]
-    stem = _stem(index, request)
     for part in parts:
         path = output / f"{stem}.png"
         if isinstance(part, Image):
@@ -308,7 +329,7 @@ def _write(
         files.append(path.name)
     if texts:
         (output / f"{stem}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    return {"task": request.task, "request": dataclasses.asdict(request), "text": texts, "files": files}
+    return texts, files
 
 
 if __name__ == "__main__":

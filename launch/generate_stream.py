@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pathlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,33 +17,28 @@ from aromni_jax.structs import Modality, Part, TokenEvent
 from aromni_jax.tokenizers import joint
 
 if TYPE_CHECKING:
-    from launch.generate import Asked
+    from launch.generate import Answer, Asked
     from launch.loading import LoadedModel
 
 _RUNS_TO_WARM = 5
 """Enough for a run of every length, and so for every size of chunk that the codec compiles."""
 
-Answers = tuple[list[tuple[Part, ...]], list[dict[str, Any]]]
-"""(parts, latency record) of every answer."""
 
-
-def stream_answers(loaded: LoadedModel, asked: Asked, stems: list[str], output: pathlib.Path, seed: int) -> Answers:
+def stream_answers(
+    loaded: LoadedModel, asked: Asked, stems: list[str], output: pathlib.Path, seed: int
+) -> Iterator[Answer]:
     """Answers one request after the other, with the tokens that `answer` would give them all together.
 
     Sound is in `STEM.wav` up to the last chunk whenever the command is stopped. Of the first answer of each shape the
     beginning is made once before, unheard, so that no latency counts a compilation.
     """
     warm: set[tuple[int, ...]] = set()
-    parts, records = [], []
-    for row, (prompt, stem) in enumerate(zip(asked.prompts, stems, strict=True)):
+    for row, prompt in asked.prompts.items():
         shape = (bucket_of(len(prompt.tokens_L)), asked.limits[prompt.task], prompt.task)
         if shape not in warm:
             _stream(loaded, asked, row, seed, None, most_runs=_RUNS_TO_WARM)
             warm.add(shape)
-        answer, record = _stream(loaded, asked, row, seed, output / f"{stem}.wav")
-        parts.append(answer)
-        records.append(record)
-    return parts, records
+        yield row, *_stream(loaded, asked, row, seed, output / f"{stems[row]}.wav")
 
 
 def _stream(
