@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from launch.flags import add_config_argument, load_config
+from launch.model_flags import add_mesh_argument, parse_mesh
 
 if TYPE_CHECKING:
     from aromni_jax.inference.grammar import Grammar
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stream", action="store_true", help="print text and write sound as they are made, one request after the other"
     )
     parser.add_argument("--template", default="", metavar="NAME", help="prompt templates, where the model names none")
+    add_mesh_argument(parser)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ def main(args: argparse.Namespace) -> int:
     from launch.loading import load_model
 
     started = time.perf_counter()
-    loaded = load_model(args.model, template=args.template)
+    loaded = load_model(args.model, template=args.template, mesh=parse_mesh(args.mesh))
     loaded_at = time.perf_counter()
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -158,7 +160,7 @@ def main(args: argparse.Namespace) -> int:
     ]
     settings = {
         name: getattr(args, name)
-        for name in ("model", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p", "guidance")
+        for name in ("model", "mesh", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p", "guidance")
     }
     settings["decoding"] = dataclasses.asdict(decoding)
     result = {"settings": settings, "step": loaded.step, "seconds": seconds, "answers": lines}

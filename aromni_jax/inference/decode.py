@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from aromni_jax.arrays import IntArray, PyTree
 from aromni_jax.inference.grammar import Grammar, GrammarState, GrammarTables
@@ -21,7 +22,7 @@ from aromni_jax.inference.head import spans_of
 from aromni_jax.inference.machine import Machine, begin, decode, extend
 from aromni_jax.inference.sampling import row_keys
 from aromni_jax.models.config import ModelConfig
-from aromni_jax.models.unstacked import unstack
+from aromni_jax.models.unstacked import Read, load, unstack
 from aromni_jax.structs import Example, Task
 from aromni_jax.vocab import JointVocab
 
@@ -31,21 +32,32 @@ LENGTH_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OmniModel:
-    """A trained decoder ready to be asked: its shape, its parameters (`models.unstacked`) and their vocabulary."""
+    """A trained decoder ready to be asked: its shape, its parameters (`models.unstacked`), their vocabulary, and the
+    mesh they are spread over (None: one device)."""
 
     config: ModelConfig
     params: PyTree
     vocab: JointVocab
+    mesh: Mesh | None = None
 
     @classmethod
-    def of(cls, config: ModelConfig, stacked: PyTree, vocab: JointVocab) -> OmniModel:
-        """From parameters as training has them; arrays of jax among them are used up."""
-        return cls(config, unstack(config, stacked), vocab)
+    def of(cls, config: ModelConfig, stacked: PyTree, vocab: JointVocab, mesh: Mesh | None = None) -> OmniModel:
+        """From parameters as training has them; arrays of jax among them are used up.
+
+        With a mesh parameters and caches are split by the rules of `partitioning`; ValueError where it does not divide
+        them.
+        """
+        return cls(config, unstack(config, stacked, mesh=mesh), vocab, mesh)
+
+    @classmethod
+    def read(cls, config: ModelConfig, read: Read, vocab: JointVocab, mesh: Mesh | None = None) -> OmniModel:
+        """From parameters that lie in files: one at a time is read, and placed as `of` places it."""
+        return cls(config, load(config, read, mesh=mesh), vocab, mesh)
 
     @property
     def machine(self) -> Machine:
         """What the compiled programs need to know of it."""
-        return Machine(self.config, spans_of(self.vocab), tuple(self.vocab.special_ids.values()))
+        return Machine(self.config, spans_of(self.vocab), tuple(self.vocab.special_ids.values()), self.mesh)
 
 
 def bucket_of(length: int, buckets: tuple[int, ...] = LENGTH_BUCKETS) -> int:

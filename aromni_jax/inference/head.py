@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aromni_jax.arrays import IntArray
+from aromni_jax.partitioning import constrain, num_shards
 from aromni_jax.vocab import JointVocab
 
 Spans = tuple[tuple[int, int], ...]
@@ -46,7 +47,11 @@ def shared_span(span_B: IntArray, num_spans: int) -> jax.Array:
 def narrow_logits(
     hidden_RD: jax.Array, table_VD: jax.Array, span: jax.Array, *, spans: Spans, controls: tuple[int, ...]
 ) -> jax.Array:
-    """float32 logits [R, V] of the rows of span number `span` and of the controls, each as the whole head gives it."""
+    """float32 logits [R, V] of the rows of span number `span` and of the controls, each as the whole head gives it.
+
+    On a mesh that splits the table every device reads its own rows: one that holds the whole span would keep the
+    others waiting. The choice among the logits is then made by every device for itself.
+    """
 
     def product(rows_WD: jax.Array) -> jax.Array:
         return jnp.einsum("RD,WD->RW", hidden_RD, rows_WD.astype(hidden_RD.dtype), preferred_element_type=jnp.float32)
@@ -59,5 +64,8 @@ def narrow_logits(
             return logits_RV
         return logits_RV.at[:, start:stop].set(product(table_VD[start:stop]))
 
+    if num_shards("vocab") > 1:
+        # Named in between, or the compiler gathers the table instead of the logits.
+        return constrain(constrain(product(table_VD), "batch", "vocab"), "batch", None)
     branches = [lambda: product(table_VD), *(lambda where=where: narrow(*where) for where in spans[1:])]
     return jax.lax.switch(span, branches)

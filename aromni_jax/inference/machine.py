@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from aromni_jax import partitioning
 from aromni_jax.arrays import IntArray, PyTree
 from aromni_jax.inference.grammar import GrammarState, GrammarTables, advance, allowed_tokens, note_seen, repeated
 from aromni_jax.inference.head import Spans, narrow_logits, shared_span
@@ -49,11 +52,25 @@ class DecodeState:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What does not change from token to token: the shape of the decoder, and which rows of its head serve a state."""
+    """What does not change from token to token: the shape of the decoder, which rows of its head serve a state, and
+    the mesh that its parameters are spread over (None: they are on one device)."""
 
     config: ModelConfig
     spans: Spans
     controls: tuple[int, ...]
+    mesh: Mesh | None = None
+
+
+def _on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(machine, ...)`, traced with the mesh of its machine in context."""
+
+    @functools.wraps(function)
+    def traced(machine: Machine, *args: Any, **kwargs: Any) -> Any:
+        if machine.mesh is None:
+            return function(machine, *args, **kwargs)
+        return partitioning.on_mesh(lambda: function(machine, *args, **kwargs), machine.mesh)()
+
+    return traced
 
 
 def begin(
@@ -71,7 +88,7 @@ def begin(
     num_rows = len(limit_B)
     num_cached = num_rows * (1 + is_guided)
     return DecodeState(
-        caches=make_caches(config, num_cached, cache_length),
+        caches=make_caches(config, num_cached, cache_length, machine.mesh),
         hidden_RD=jnp.zeros((num_cached, config.d_model), jnp.dtype(config.dtype)),
         place_R=jnp.zeros(num_cached, jnp.int32),
         grammar=grammar,
@@ -83,6 +100,7 @@ def begin(
     )
 
 
+@_on_mesh
 def extend(
     machine: Machine, params: PyTree, state: DecodeState, tokens_RL: IntArray, lengths_R: IntArray
 ) -> DecodeState:
@@ -109,6 +127,7 @@ def extend(
     return dataclasses.replace(state, hidden_RD=hidden_RD, caches=caches, place_R=state.place_R + lengths_R)
 
 
+@_on_mesh
 def decode(
     machine: Machine, params: PyTree, tables: GrammarTables, state: DecodeState, num_tokens: int | jax.Array
 ) -> DecodeState:
