@@ -9,6 +9,7 @@ from typing import Any
 
 from launch import bench_data, bench_decode, bench_tokenizer, bench_train
 from launch.flags import add_config_argument
+from launch.model_flags import WEIGHTS
 
 
 def _measure_checkpoints(args: argparse.Namespace) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="", metavar="DIR", help="train, data: what to read (default: one is made)")
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
     parser.add_argument("--model", default="", metavar="DIR", help="decode: an export (default: random weights)")
+    parser.add_argument("--weights", choices=WEIGHTS, help="decode: type of our weights (default: of the model)")
     add_config_argument(parser, default="")
 
 

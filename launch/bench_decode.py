@@ -2,9 +2,10 @@
 
 Both sides answer the same prompt with the same weights on the same cores, or the same GPU, in turn, in processes of
 their own: an export (`--model`), or random weights of `--config`. `text` is what both can do; `speech` (ours) reads the
-speech rows of the output head alone. The limit is the slower of two floors measured in the same run: the bytes of the
-weights that a token needs, cache and activations left out, over the rate at which memory is read, and their products
-over the rate of matrix products. With `--model`, `stream` is how `generate --stream` would speak.
+speech rows of the output head alone. With `--weights=int8` our matrices have 8 bits, and the peer has what we compute
+in. The limit is the slower of two floors measured in the same run: the bytes of the weights that a token needs, cache
+and activations left out, over the rate at which memory is read, and their products over the rate of matrix products.
+With `--model`, `stream` is how `generate --stream` would speak.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         directory = args.model or folder
         if not args.model:
             (Path(folder) / "model.txt").write_text(repr(_model(args)), encoding="utf-8")
-        ours = stack.enter_context(started("launch.bench_decode_side", ["ours", directory, on_cores]))
+        ours = stack.enter_context(
+            started("launch.bench_decode_side", ["ours", directory, on_cores, args.weights or ""])
+        )
         described = ask(ours, "describe")
         sides = {"ours": ours}
         if has_peer:

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from launch.flags import add_config_argument, load_config
-from launch.model_flags import add_mesh_argument, parse_mesh
+from launch.model_flags import add_mesh_argument, add_weights_argument, parse_mesh
 
 if TYPE_CHECKING:
     from aromni_jax.inference.grammar import Grammar
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--template", default="", metavar="NAME", help="prompt templates, where the model names none")
     add_mesh_argument(parser)
+    add_weights_argument(parser)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def main(args: argparse.Namespace) -> int:
     from launch.loading import load_model
 
     started = time.perf_counter()
-    loaded = load_model(args.model, template=args.template, mesh=parse_mesh(args.mesh))
+    loaded = load_model(args.model, template=args.template, mesh=parse_mesh(args.mesh), weights=args.weights)
     loaded_at = time.perf_counter()
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -158,10 +159,8 @@ def main(args: argparse.Namespace) -> int:
         | ({"latency": latency} if latency else {})
         for i, (request, parts, latency) in enumerate(zip(requests, answers, latencies, strict=True))
     ]
-    settings = {
-        name: getattr(args, name)
-        for name in ("model", "mesh", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p", "guidance")
-    }
+    names = ("model", "mesh", "weights", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p", "guidance")
+    settings = {name: getattr(args, name) for name in names}
     settings["decoding"] = dataclasses.asdict(decoding)
     result = {"settings": settings, "step": loaded.step, "seconds": seconds, "answers": lines}
     (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from launch.saved_run import SavedRun
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from aromni_jax.inference.decode import OmniModel
+    from aromni_jax.inference.decode import OmniModel, Weights
     from aromni_jax.tokenizers.bundle import TokenizerBundle
     from aromni_jax.tokenizers.prompts import Templates
     from aromni_jax.vocab import JointVocab
@@ -28,11 +28,18 @@ class LoadedModel:
     step: int
 
 
-def load_model(directory: str | os.PathLike[str], *, template: str = "", mesh: Mesh | None = None) -> LoadedModel:
+def load_model(
+    directory: str | os.PathLike[str],
+    *,
+    template: str = "",
+    mesh: Mesh | None = None,
+    weights: Weights | None = None,
+) -> LoadedModel:
     """Loads `directory`: an export (`aromni export`), or a workdir, whose newest readable checkpoint is taken.
 
     `template` names the prompt templates where the directory does not (or to override it). With a mesh no device ever
-    holds more than its part of the weights; of an export the host holds one array at a time.
+    holds more than its part of the weights; of an export the host holds one array at a time. `weights` is their type
+    (`OmniModel.of`).
 
     Raises:
       ValueError: not a model, damaged, without tokenizers, tokenizers of another vocabulary, no templates known, or a
@@ -43,7 +50,7 @@ def load_model(directory: str | os.PathLike[str], *, template: str = "", mesh: M
 
     path = _existing(directory)
     open_model = _from_workdir if (path / "checkpoints").is_dir() else _from_export
-    model, step, tokenizers, name = open_model(path, template, mesh)
+    model, step, tokenizers, name = open_model(path, template, mesh, weights)
     if not name:
         raise ValueError(f"{path} does not say which prompt templates it was trained with; name them with --template")
     if tokenizers is None or not (tokenizers / "text").is_dir():
@@ -74,18 +81,20 @@ def _existing(directory: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _from_export(
-    path: pathlib.Path, template: str, mesh: Mesh | None
+    path: pathlib.Path, template: str, mesh: Mesh | None, weights: Weights | None
 ) -> tuple[OmniModel, int, pathlib.Path | None, str]:
     from aromni_jax.inference.decode import OmniModel
     from aromni_jax.interop.chameleon import ChameleonDirectory
 
     opened = ChameleonDirectory(path)
     config = dataclasses.replace(opened.model, param_dtype=opened.dtype, remat="none")
-    model = OmniModel.read(config, opened.read, opened.vocab, mesh)
+    model = OmniModel.read(config, opened.read, opened.vocab, mesh=mesh, weights=weights)
     return model, opened.provenance.step, opened.tokenizers, template or opened.provenance.template
 
 
-def _from_workdir(path: pathlib.Path, template: str, mesh: Mesh | None) -> tuple[OmniModel, int, pathlib.Path, str]:
+def _from_workdir(
+    path: pathlib.Path, template: str, mesh: Mesh | None, weights: Weights | None
+) -> tuple[OmniModel, int, pathlib.Path, str]:
     from aromni_jax.inference.decode import OmniModel
     from aromni_jax.models.unstacked import stacked_params
 
@@ -95,5 +104,5 @@ def _from_workdir(path: pathlib.Path, template: str, mesh: Mesh | None) -> tuple
     if mesh is not None:
         placed = stacked_params(config, mesh)
         wanted = {name: leaf.update(sharding=placed[name].sharding) for name, leaf in run.params.shapes.items()}
-    model = OmniModel.of(config, run.params.load(wanted), run.vocab, mesh)
+    model = OmniModel.of(config, run.params.load(wanted), run.vocab, mesh=mesh, weights=weights)
     return model, run.params.step, run.tokenizers, template or run.template()

@@ -1,4 +1,4 @@
-"""Flags of commands that ask a model: how its weights are spread over devices."""
+"""Flags of commands that ask a model: how its weights are spread over devices, and in which type they are."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+WEIGHTS = ("float32", "bfloat16", "int8")
+
 
 def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
     """Adds `--mesh`; `parse_mesh` reads it."""
@@ -18,6 +20,16 @@ def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
         metavar="AXIS=N,...",
         help="spread weights and caches over all devices: sizes of data, fsdp, context and tensor as in a training "
         "config (1 where not named, -1 for the rest), such as tensor=8 or data=2,tensor=-1 (default: one device)",
+    )
+
+
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--weights`, None where it is not given (`OmniModel.of`)."""
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="type of the weights; float32 and bfloat16 are also what is computed in, int8 is half of bfloat16 and "
+        "computes as the model says (default: what the model computes in)",
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from aromni_jax.models.unstacked import Read, load, unstack
 from aromni_jax.structs import Example, Task
 from aromni_jax.vocab import JointVocab
 
+Weights = Literal["float32", "bfloat16", "int8"]
+
 LENGTH_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Prompts and answers are padded to the next of these (and to multiples of the last one)."""
 
@@ -41,23 +44,49 @@ class OmniModel:
     mesh: Mesh | None = None
 
     @classmethod
-    def of(cls, config: ModelConfig, stacked: PyTree, vocab: JointVocab, mesh: Mesh | None = None) -> OmniModel:
+    def of(
+        cls,
+        config: ModelConfig,
+        stacked: PyTree,
+        vocab: JointVocab,
+        *,
+        mesh: Mesh | None = None,
+        weights: Weights | None = None,
+    ) -> OmniModel:
         """From parameters as training has them; arrays of jax among them are used up.
 
         With a mesh parameters and caches are split by the rules of `partitioning`; ValueError where it does not divide
-        them.
+        them. `weights` is the type of the matrices, by default the compute type of the model; "float32" and "bfloat16"
+        are also what is computed in, "int8" leaves that as it is (`models.int8`).
         """
-        return cls(config, unstack(config, stacked, mesh=mesh), vocab, mesh)
+        config, is_int8 = _in_type(config, weights)
+        return cls(config, unstack(config, stacked, mesh=mesh, is_int8=is_int8), vocab, mesh)
 
     @classmethod
-    def read(cls, config: ModelConfig, read: Read, vocab: JointVocab, mesh: Mesh | None = None) -> OmniModel:
+    def read(
+        cls,
+        config: ModelConfig,
+        read: Read,
+        vocab: JointVocab,
+        *,
+        mesh: Mesh | None = None,
+        weights: Weights | None = None,
+    ) -> OmniModel:
         """From parameters that lie in files: one at a time is read, and placed as `of` places it."""
-        return cls(config, load(config, read, mesh=mesh), vocab, mesh)
+        config, is_int8 = _in_type(config, weights)
+        return cls(config, load(config, read, mesh=mesh, is_int8=is_int8), vocab, mesh)
 
     @property
     def machine(self) -> Machine:
         """What the compiled programs need to know of it."""
         return Machine(self.config, spans_of(self.vocab), tuple(self.vocab.special_ids.values()), self.mesh)
+
+
+def _in_type(config: ModelConfig, weights: Weights | None) -> tuple[ModelConfig, bool]:
+    """The model as it computes with weights of that type, and whether its matrices have 8 bits."""
+    if weights is None or weights == "int8":
+        return config, weights == "int8"
+    return dataclasses.replace(config, dtype=weights), False
 
 
 def bucket_of(length: int, buckets: tuple[int, ...] = LENGTH_BUCKETS) -> int:

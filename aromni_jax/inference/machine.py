@@ -22,7 +22,7 @@ from aromni_jax.inference.grammar import GrammarState, GrammarTables, advance, a
 from aromni_jax.inference.head import Spans, narrow_logits, shared_span
 from aromni_jax.inference.sampling import repetition_penalised, sample
 from aromni_jax.models.config import ModelConfig
-from aromni_jax.models.unstacked import Caches, forward, make_caches
+from aromni_jax.models.unstacked import Caches, forward, make_caches, output_head
 
 PREFILL_TOKENS = 512
 """Prompts are read this many tokens at a time: scores of longer ones would not fit beside a large model."""
@@ -152,8 +152,9 @@ def _emit(machine: Machine, params: PyTree, tables: GrammarTables, state: Decode
     live_B = ~tables.done_S[state_B]
     # Rows that are done read controls alone, and so never widen what the others read.
     span = shared_span(tables.span_S[state_B], len(machine.spans))
+    table_VD, scale_V = output_head(params)
     logits_RV = narrow_logits(
-        state.hidden_RD, params["unembedding"], span, spans=machine.spans, controls=machine.controls
+        state.hidden_RD, table_VD, span, spans=machine.spans, controls=machine.controls, scale_V=scale_V
     )
     logits_BV = logits_RV[:num_rows]
     if is_guided:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from aromni_jax.arrays import IntArray, PyTree
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.decoder import Decoder
 from aromni_jax.models.embedding_lookup import embedding_lookup
+from aromni_jax.models.int8 import INPUT_DIMS, SCALES, quantised
 from aromni_jax.models.kv_cache import KVCache
 from aromni_jax.models.layers import DecoderLayer, RMSNorm
 from aromni_jax.models.rope import rotation
@@ -57,51 +58,83 @@ def stacked_params(config: ModelConfig, mesh: Mesh | None = None) -> dict[str, j
 
 
 def _assemble(
-    config: ModelConfig, mesh: Mesh | None, make: Callable[[str, int | None, jax.ShapeDtypeStruct], Any]
+    config: ModelConfig,
+    mesh: Mesh | None,
+    is_int8: bool,
+    make: Callable[[str, int | None, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct | None], tuple[Any, Any]],
 ) -> PyTree:
-    """The tree of parameters for decoding, of what `make` returns for the path, the layer and what is wanted of it."""
+    """The tree of parameters for decoding, of what `make` returns: an array and its scale.
+
+    `make` is given the path, the layer, what is wanted of the array, and of its scale if it is to have one.
+    """
+    # One flat tree for what is not in layers, one for each layer; and the same of scales.
     rest: dict[str, Any] = {}
+    rest_scales: dict[str, Any] = {}
     layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
+    layer_scales: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
+
+    def describe(whole: jax.ShapeDtypeStruct, dims: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+        sharding = mesh and NamedSharding(mesh, PartitionSpec(*(whole.sharding.spec[dim] for dim in dims)))
+        return jax.ShapeDtypeStruct(tuple(whole.shape[dim] for dim in dims), dtype, sharding=sharding)
+
     for path, whole in stacked_params(config, mesh).items():
-        is_norm = path.endswith(("scale", "bias"))
-        wanted = whole.update(dtype=whole.dtype if is_norm else jnp.dtype(config.dtype))
-        if not path.startswith(_STACK):
-            rest[path] = make(path, None, wanted)
-            continue
-        sharding = mesh and NamedSharding(mesh, PartitionSpec(*whole.sharding.spec[1:]))
-        wanted = jax.ShapeDtypeStruct(whole.shape[1:], wanted.dtype, sharding=sharding)
-        for number, own in enumerate(layers):
-            own[path.removeprefix(_STACK)] = make(path, number, wanted)
-    apart = tuple(traverse_util.unflatten_dict(own, sep="/") for own in layers)
-    return traverse_util.unflatten_dict(rest, sep="/") | {"layers": apart}
+        is_stack = path.startswith(_STACK)
+        dims = range(is_stack, whole.ndim)
+        dtype, scale = jnp.dtype(config.dtype), None
+        if path.endswith(("scale", "bias")):
+            dtype = whole.dtype
+        elif is_int8 and path in INPUT_DIMS:
+            outputs = [dim for dim in dims if dim - is_stack not in INPUT_DIMS[path]]
+            dtype, scale = jnp.dtype(jnp.int8), describe(whole, outputs, jnp.float32)
+        wanted, name = describe(whole, dims, dtype), path.removeprefix(_STACK)
+        for number, (own, own_scales) in enumerate(
+            zip(layers, layer_scales, strict=True) if is_stack else [(rest, rest_scales)]
+        ):
+            own[name], found = make(path, number if is_stack else None, wanted, scale)
+            if scale is not None:
+                own_scales[name] = found
+
+    def nested(rest: dict[str, Any], layers: list[dict[str, Any]]) -> PyTree:
+        apart = tuple(traverse_util.unflatten_dict(own, sep="/") for own in layers)
+        return traverse_util.unflatten_dict(rest, sep="/") | {"layers": apart}
+
+    return nested(rest, layers) | ({SCALES: nested(rest_scales, layer_scales)} if is_int8 else {})
 
 
-def abstract_params(config: ModelConfig, *, mesh: Mesh | None = None) -> PyTree:
+def abstract_params(config: ModelConfig, *, mesh: Mesh | None = None, is_int8: bool = False) -> PyTree:
     """What `load` makes, as `jax.ShapeDtypeStruct`s: for compiling without weights. Errors as `stacked_params`."""
-    return _assemble(config, mesh, lambda path, layer, wanted: wanted)
+    return _assemble(config, mesh, is_int8, lambda path, layer, wanted, scale: (wanted, scale))
 
 
-def load(config: ModelConfig, read: Read, *, mesh: Mesh | None = None) -> PyTree:
+def load(config: ModelConfig, read: Read, *, mesh: Mesh | None = None, is_int8: bool = False) -> PyTree:
     """Parameters with a tuple of trees, one a layer, for `layers`, and all matrices in the compute type.
 
-    One array at a time is read, once; with a mesh each device is given its own part of it and no more. Errors as
+    One array at a time is read, once; with a mesh each device is given its own part of it and no more. With `is_int8`
+    the matrices of `int8.INPUT_DIMS` have 8 bits, and "scales" holds a tree of their scales. Errors as
     `stacked_params`.
     """
 
-    def make(path: str, layer: int | None, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-        value = read(path, layer)
+    def place(value: Any, wanted: jax.ShapeDtypeStruct, dtype: Any) -> jax.Array:
         if mesh is None:
-            return jnp.asarray(value, wanted.dtype)
+            return jnp.asarray(value, dtype)
         if isinstance(value, jax.Array):
-            return jax.device_put(value.astype(wanted.dtype), wanted.sharding)
-        return jax.make_array_from_callback(
-            wanted.shape, wanted.sharding, lambda part: np.asarray(value[part], wanted.dtype)
-        )
+            return jax.device_put(value.astype(dtype), wanted.sharding)
+        return jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda part: np.asarray(value[part], dtype))
 
-    return _assemble(config, mesh, make)
+    def make(
+        path: str, layer: int | None, wanted: jax.ShapeDtypeStruct, scale: jax.ShapeDtypeStruct | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        value = read(path, layer)
+        if scale is None:
+            return place(value, wanted, wanted.dtype), None
+        # Rounded once, from what is stored, where it will live.
+        values, found = quantised(place(value, wanted, value.dtype), INPUT_DIMS[path])
+        return (values, found) if mesh is None else jax.device_put((values, found), (wanted.sharding, scale.sharding))
+
+    return _assemble(config, mesh, is_int8, make)
 
 
-def unstack(config: ModelConfig, params: PyTree, *, mesh: Mesh | None = None) -> PyTree:
+def unstack(config: ModelConfig, params: PyTree, *, mesh: Mesh | None = None, is_int8: bool = False) -> PyTree:
     """`load` from a tree as training has it.
 
     A stack of jax arrays is freed as soon as its layers are copied, so that a model never lies in memory twice.
@@ -118,7 +151,7 @@ def unstack(config: ModelConfig, params: PyTree, *, mesh: Mesh | None = None) ->
             leaf.delete()
         return own
 
-    return load(config, read, mesh=mesh)
+    return load(config, read, mesh=mesh, is_int8=is_int8)
 
 
 def make_caches(config: ModelConfig, num_rows: int, max_length: int, mesh: Mesh | None = None) -> Caches:
@@ -157,12 +190,20 @@ def forward(
     x_BLD = partitioning.constrain(x_BLD, "batch", "length", None)
     turn = rotation(positions_BL, config.head_dim, config.rope_theta)
     layer = DecoderLayer(config)
+    scales = params[SCALES]["layers"] if SCALES in params else ({},) * config.num_layers
     filled = []
     for number, own in enumerate(params["layers"]):
         cache = caches[number] if caches else None
-        (x_BLD, cache), _ = layer.apply({"params": own}, (x_BLD, cache), 0, turn, positions_BL, segment_ids_BL)
+        (x_BLD, cache), _ = layer.apply(
+            {"params": own, SCALES: scales[number]}, (x_BLD, cache), 0, turn, positions_BL, segment_ids_BL
+        )
         if cache is not None:
             cache = cache.advance(positions_BL, segment_ids_BL)
             filled.append(jax.tree.map(lambda x, names: partitioning.constrain(x, *names), cache, _CACHE))
     hidden_BLD: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x_BLD)
     return hidden_BLD, tuple(filled)
+
+
+def output_head(params: PyTree) -> tuple[jax.Array, jax.Array | None]:
+    """The table [V, D] of the output head and, where it has 8 bits, the scale [V] of its logits."""
+    return params["unembedding"], params[SCALES]["unembedding"] if SCALES in params else None
