@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-WEIGHTS = ("float32", "bfloat16", "int8")
+    from aromni_jax.inference.decode import Weights
+
+WEIGHTS: tuple[Weights, ...] = ("float32", "bfloat16", "int8")
 
 
 def add_mesh_argument(parser: argparse.ArgumentParser) -> None:

@@ -207,3 +207,9 @@ def forward(
 def output_head(params: PyTree) -> tuple[jax.Array, jax.Array | None]:
     """The table [V, D] of the output head and, where it has 8 bits, the scale [V] of its logits."""
     return params["unembedding"], params[SCALES]["unembedding"] if SCALES in params else None
+
+
+def whole_head(params: PyTree) -> jax.Array:
+    """The table [V, D] of the output head, in float32 where it has 8 bits: for losses, which know no scales."""
+    table_VD, scale_V = output_head(params)
+    return table_VD if scale_V is None else table_VD * scale_V[:, None]
