@@ -7,7 +7,7 @@ from these names and `RULES`: parameters, optimizer moments, averages, activatio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax.core import meta
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aromni_jax.arrays import PyTree
 from aromni_jax.config import MeshConfig
@@ -114,12 +114,19 @@ def _is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, meta.AxisMetadata)
 
 
-def shardings(boxed_tree: PyTree, mesh: Mesh) -> PyTree:
+def fitting(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """`spec(names)`, but a dimension that its mesh axes do not divide stays whole."""
+    placed = spec(names)
+    return PartitionSpec(*(axes if dim % _num_shards(mesh, axes) == 0 else None for dim, axes in zip(shape, placed)))
+
+
+def shardings(boxed_tree: PyTree, mesh: Mesh, may_stay_whole: Container[str] = ()) -> PyTree:
     """A NamedSharding for every leaf of an abstract tree whose parameters are still boxed with logical names.
 
     Optimizer moments keep the boxes of their parameters, empty ones where another optimizer moves the parameter. A leaf
     without a box (a counter), or whose rank is not that of its names (a factored moment), is copied everywhere. The
-    result has the structure of `unbox(boxed_tree)`.
+    result has the structure of `unbox(boxed_tree)`. Logical axes in `may_stay_whole` are, where the mesh does not
+    divide them.
 
     Raises:
       ValueError: a dimension that its mesh axes do not divide, named with its path.
@@ -133,17 +140,17 @@ def shardings(boxed_tree: PyTree, mesh: Mesh) -> PyTree:
         placed = spec(leaf.names)
         for dim, name, axes in zip(leaf.value.shape, leaf.names, placed):
             ways = _num_shards(mesh, axes)
-            if dim % ways:
+            if dim % ways and name not in may_stay_whole:
                 raise ValueError(
                     f"{jax.tree_util.keystr(path)}: dimension {name!r} of size {dim} cannot be split {ways} ways "
                     f"over mesh axis {axes!r}; choose a mesh whose {axes!r} size divides {dim}"
                 )
-        return NamedSharding(mesh, placed)
+        return NamedSharding(mesh, fitting(leaf.value.shape, leaf.names, mesh))
 
     return jax.tree_util.tree_map_with_path(place, boxed_tree, is_leaf=_is_boxed)
 
 
-def _num_shards(mesh: Mesh, axes: Any) -> int:
+def _num_shards(mesh: Mesh | AbstractMesh, axes: Any) -> int:
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     return math.prod(mesh.shape[name] for name in names)
 
@@ -167,11 +174,14 @@ def check_large_arrays_are_sharded(
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Asks the compiler to place `x` by its logical axes on the mesh in context; without a mesh it does nothing."""
+    """Asks the compiler to place `x` by its logical axes on the mesh in context; without a mesh it does nothing.
+
+    A dimension that the mesh does not divide stays whole: a batch of one row, or KV heads fewer than devices.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(names))
+    return jax.lax.with_sharding_constraint(x, fitting(x.shape, names, mesh))
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from launch import bench_data, bench_decode, bench_tokenizer, bench_train
 from launch.flags import add_config_argument
+from launch.model_flags import WEIGHTS
 
 
 def _measure_checkpoints(args: argparse.Namespace) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=int, action="append", metavar="N", help="decode: answers at a time (default: 1; repeatable)"
     )
     parser.add_argument("--no_peer", action="store_true", help="train, decode: leave out the other side")
+    parser.add_argument("--weights", choices=WEIGHTS, help="decode: type of our weights (default: of the model)")
     add_config_argument(parser, default="")
 
 

@@ -3,10 +3,10 @@
 Both sides answer the same prompt with the same weights on the same cores, or the same GPU, in turn, in processes of
 their own: an export (`--model`), or random weights of `--config`; one answer, or `--rows` at a time. `text` is what
 both can do; `speech` (ours) reads the speech rows of the output head alone, and its real-time factor counts a second of
-sound as the tokens of the export's codec, or without one as 40, as the released codec does. The limit is the slower of
-two floors measured in the same run: the bytes of the weights that a token needs, cache and activations left out, over
-the rate at which memory is read, and their products over the rate of matrix products. With `--model`, `stream` is how
-`generate --stream` would speak.
+sound as the tokens of the export's codec, or without one as 40, as the released codec does. With `--weights=int8` our
+matrices have 8 bits, and the peer has what we compute in. The limit is the slower of two floors measured in the same
+run: the bytes of the weights that a token needs, cache and activations left out, over the rate at which memory is read,
+and their products over the rate of matrix products. With `--model`, `stream` is how `generate --stream` would speak.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if not args.model:
             (Path(folder) / "model.txt").write_text(repr(_model(args)), encoding="utf-8")
         ours = stack.enter_context(
-            started("launch.bench_decode_side", ["ours", directory, on_cores, "beside" if is_beside_peer else "alone"])
+            started(
+                "launch.bench_decode_side",
+                ["ours", directory, on_cores, "beside" if is_beside_peer else "alone", args.weights or ""],
+            )
         )
         described = ask(ours, "describe")
         sides = {"ours": ours}

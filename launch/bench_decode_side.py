@@ -34,7 +34,7 @@ def main() -> None:
     side, folder, cores, *rest = sys.argv[1:]
     # Before any library starts its threads: they count the cores they see.
     os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
-    answer_questions(_ours(Path(folder), rest[0] == "beside") if side == "ours" else _peer(Path(folder), *rest))
+    answer_questions(_ours(Path(folder), *rest) if side == "ours" else _peer(Path(folder), *rest))
 
 
 def _prompt(text_start: int, text_stop: int) -> np.ndarray:
@@ -61,7 +61,7 @@ def _peer(directory: Path, platform: str, dtype: str) -> Callable[[str], Any]:
     return answer
 
 
-def _ours(directory: Path, is_beside_peer: bool) -> Callable[[str], Any]:
+def _ours(directory: Path, peer: str, weights: str) -> Callable[[str], Any]:
     keep_freed_memory_on_cpu()
     # The peer lives beside us.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -73,10 +73,11 @@ def _ours(directory: Path, is_beside_peer: bool) -> Callable[[str], Any]:
     from aromni_jax.inference.policy import GREEDY, DecodingConfig, policy_for
     from aromni_jax.inference.sampling import row_keys
     from aromni_jax.inference.streaming import LatencyClock, SpeechStream, stream_tokens
-    from aromni_jax.models.config import ModelConfig, num_parameters
+    from aromni_jax.models.config import num_parameters
+    from aromni_jax.models.int8 import SCALES
     from aromni_jax.structs import Example, Task
 
-    model, bundle = _load(directory, is_beside_peer)
+    model, bundle = _load(directory, peer == "beside", weights or None)
     config, vocab, machine = model.config, model.vocab, model.machine
     tasks = {"text": Task.TEXT} | ({"speech": Task.TEXT_TO_SPEECH} if vocab.speech else {})
     grammar = compile_grammar(vocab, {task: policy_for(task, DecodingConfig(text=GREEDY)) for task in tasks.values()})
@@ -85,7 +86,6 @@ def _ours(directory: Path, is_beside_peer: bool) -> Callable[[str], Any]:
     closing = [grammar.class_names.index(name) for name in ("eos", "end_model", "end_speech")]
     endless = dataclasses.replace(grammar.tables, legal_SC=grammar.tables.legal_SC.at[:, jnp.array(closing)].set(False))
     room = 2 * ANSWER_TOKENS
-    itemsize = jnp.dtype(config.dtype).itemsize
     platform = jax.default_backend()
 
     def run(name: str, rows: int) -> dict[str, float]:
@@ -117,15 +117,23 @@ def _ours(directory: Path, is_beside_peer: bool) -> Callable[[str], Any]:
             clock.heard(events, len(speech.push(events)))
         return clock.record()
 
-    def narrowed(rows: int) -> ModelConfig:
-        return dataclasses.replace(config, vocab_size=rows)
+    scales = model.params.get(SCALES, {})
+    layers = (model.params["layers"], model.params["final_norm"], scales.get("layers", ()))
+    head = (model.params["unembedding"], scales.get("unembedding", ()))
+
+    def read(rows: int) -> dict[str, int]:
+        """What a token reads with so many rows of the head: values, and their bytes."""
+        leaves, tables = jax.tree.leaves(layers), jax.tree.leaves(head)
+        share = rows / vocab.size
+        return {
+            "bytes": sum(x.nbytes for x in leaves) + round(share * sum(x.nbytes for x in tables)),
+            "values": sum(x.size for x in leaves) + round(share * sum(x.size for x in tables)),
+        }
 
     # Of two tables one is only looked up.
-    whole = num_parameters(config) - vocab.size * config.d_model
-    read = {"text": whole}
+    needed = {"text": read(vocab.size)}
     if vocab.speech:
-        rows = sum(span.size for span in vocab.speech) + len(vocab.special_ids)
-        read["speech"] = num_parameters(narrowed(rows)) - rows * config.d_model
+        needed["speech"] = read(sum(span.size for span in vocab.speech) + len(vocab.special_ids))
     tokens_per_second = _RELEASED_SPEECH_TOKENS_PER_SECOND
     if bundle and bundle.speech:
         tokens_per_second = bundle.speech.num_codebooks * bundle.speech.codes_per_second
@@ -149,9 +157,9 @@ def _ours(directory: Path, is_beside_peer: bool) -> Callable[[str], Any]:
                 "dtype": config.dtype,
                 "parameters": num_parameters(config),
                 "shape": f"{config.num_layers} layers of {config.d_model}, {vocab.size} rows of vocabulary, "
-                f"{config.dtype}, prompt {PROMPT_TOKENS}, answer {ANSWER_TOKENS}",
-                "bytes": {name: count * itemsize for name, count in read.items()},
-                "flops": {name: 2 * count for name, count in read.items()},
+                f"{weights or config.dtype}, prompt {PROMPT_TOKENS}, answer {ANSWER_TOKENS}",
+                "bytes": {name: read["bytes"] for name, read in needed.items()},
+                "flops": {name: 2 * read["values"] for name, read in needed.items()},
                 "streams": bool(bundle and bundle.speech),
                 "speech_tokens_per_second": tokens_per_second,
             }
@@ -170,12 +178,12 @@ def _ours(directory: Path, is_beside_peer: bool) -> Callable[[str], Any]:
     return answer
 
 
-def _load(directory: Path, is_beside_peer: bool) -> tuple[Any, Any]:
+def _load(directory: Path, is_beside_peer: bool, weights: Any) -> tuple[Any, Any]:
     """(model, tokenizers) of an export; or, of the shape in `model.txt`, random weights, exported for a peer."""
     if not (directory / "model.txt").is_file():
         from launch.loading import load_model
 
-        loaded = load_model(directory)
+        loaded = load_model(directory, weights=weights)
         return loaded.model, loaded.bundle
     import jax
 
@@ -201,7 +209,7 @@ def _load(directory: Path, is_beside_peer: bool) -> tuple[Any, Any]:
             provenance=Provenance(step=0, max_positions=4096),
             dtype=config.dtype,
         )
-    return OmniModel.of(config, params, vocab), None
+    return OmniModel.of(config, params, vocab, weights=weights), None
 
 
 if __name__ == "__main__":

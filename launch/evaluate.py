@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from launch.model_flags import add_mesh_argument, add_weights_argument, parse_mesh
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from aromni_jax.structs import Example
     from launch.loading import LoadedModel
 
-SUITES = ("quickstart",)
+SUITES = ("quickstart", "weights")
 RESULTS_FILE, REPORT_FILE, SAMPLES = "results.json", "report.html", "samples"
 Progress = Callable[[str, float], None]
 
@@ -26,18 +28,27 @@ Progress = Callable[[str, float], None]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `aromni evaluate`."""
     parser.add_argument("--model", required=True, metavar="DIR", help="export directory, or workdir of a run")
-    parser.add_argument("--suite", default="quickstart", choices=SUITES, help="what to measure (default: quickstart)")
+    parser.add_argument(
+        "--suite",
+        default="quickstart",
+        choices=SUITES,
+        help="quickstart (default): tasks, losses and samples; weights: losses and greedy tokens in float32, bfloat16 "
+        "and int8",
+    )
     parser.add_argument(
         "--data", metavar="DIR", help="corpus with a manifest.jsonl (default: corpus/ beside the model)"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where results.json and report.html go")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is sampled (default: 0)")
     parser.add_argument("--template", default="", metavar="NAME", help="prompt templates, where the model names none")
+    add_mesh_argument(parser)
+    add_weights_argument(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Evaluates, writes the page, and prints the scores."""
     from aromni_jax.evaluation.report import render_report
+    from launch.evaluate_weights import compare_weights
     from launch.loading import load_model
 
     corpus = pathlib.Path(args.data) if args.data else pathlib.Path(args.model).absolute().parent / "corpus"
@@ -45,7 +56,9 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"no manifest.jsonl in {corpus}; name the corpus with --data=DIR")
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    loaded = load_model(args.model, template=args.template)
+    if args.suite == "weights":
+        return compare_weights(args, corpus, output)
+    loaded = load_model(args.model, template=args.template, mesh=parse_mesh(args.mesh), weights=args.weights)
 
     def show(what: str, fraction: float) -> None:
         print(f"{fraction:4.0%} {what}", file=sys.stderr, flush=True)
@@ -112,30 +125,19 @@ def evaluate_model(
     from aromni_jax.inference.grammar import compile_grammar
     from aromni_jax.inference.policy import MEDIA_DELIMITERS, DecodingConfig, policy_for
     from aromni_jax.structs import Task
-    from aromni_jax.tokenizers import joint
 
     progress("reading held-out conversations", 0.0)
     bundle, vocab = loaded.bundle, loaded.model.vocab
     # The order of fractions below is how long each part takes with the quickstart model.
-    possible = [task for task in Task if _can_do(task, loaded)]
-    outlines = [case for case in _outlines(corpus, "heldout") if case.task in possible]
+    possible = [task for task in Task if can_do(task, loaded)]
+    outlines = [case for case in outlines_of(corpus, "heldout") if case.task in possible]
     asked = choose(outlines, {Task.from_name(name): n for name, n in sizes.cases_per_group.items()})
     counted = choose(outlines, dict.fromkeys(Task, sizes.loss_cases_per_group))
-    cases = _with_media({case.key: case for case in [*asked, *counted]}, loaded)
+    cases = with_media({case.key: case for case in [*asked, *counted]}, loaded)
     progress("training the judges on real data", 0.15)
     picture_judge, speech_judge = _judges(corpus, loaded, sizes.judge_examples)
     progress("held-out loss", 0.25)
-    examples = [
-        joint.encode(
-            [*([case.question] if case.question.parts else []), case.answer],
-            case.task,
-            vocab,
-            bundle.text,
-            loaded.templates,
-            key=case.key,
-        )
-        for case in (cases[case.key] for case in counted)
-    ]
+    examples = encoded([cases[case.key] for case in counted], loaded)
     losses = held_out_losses(loaded, examples, unigram_V)
     limits = dict.fromkeys(Task, sizes.text_tokens)
     limits |= dict.fromkeys(PICTURE_TASKS, vocab.tokens_per_image + MEDIA_DELIMITERS)
@@ -167,7 +169,7 @@ def evaluate_model(
     return {"scores": scores, "samples": result.samples, "losses": losses, "step": loaded.step}
 
 
-def _can_do(task: Any, loaded: LoadedModel) -> bool:
+def can_do(task: Any, loaded: LoadedModel) -> bool:
     """Whether templates and tokenizers of the model serve `task`."""
     needs_image = "image" in task.label or task.label == "caption"
     needs_speech = "speech" in task.label
@@ -179,7 +181,7 @@ def _can_do(task: Any, loaded: LoadedModel) -> bool:
     )
 
 
-def _outlines(corpus: pathlib.Path, split: str) -> list[Case]:
+def outlines_of(corpus: pathlib.Path, split: str) -> list[Case]:
     """Conversations of one question and one answer, their media still files."""
     from aromni_jax.evaluation.tasks import Case
     from data_pipelines.sources import ManifestSource, RawMessage
@@ -189,14 +191,14 @@ def _outlines(corpus: pathlib.Path, split: str) -> list[Case]:
     for conversation in (source[index] for index in range(len(source))):
         *questions, answer = conversation.messages
         if len(questions) <= 1 and answer.role == "assistant":
-            # `_with_media` turns the raw turns of those that are chosen into messages.
+            # `with_media` turns the raw turns of those that are chosen into messages.
             question: Any = questions[0] if questions else RawMessage("user", ())
             raw_answer: Any = answer
             cases.append(Case(conversation.key, conversation.task, question, raw_answer, conversation.facts))
     return cases
 
 
-def _with_media(outlines: dict[str, Case], loaded: LoadedModel) -> dict[str, Case]:
+def with_media(outlines: dict[str, Case], loaded: LoadedModel) -> dict[str, Case]:
     """The same cases with their pictures and utterances read, prepared and tokenized; each file once."""
     import numpy as np
 
@@ -230,6 +232,23 @@ def _with_media(outlines: dict[str, Case], loaded: LoadedModel) -> dict[str, Cas
     }
 
 
+def encoded(cases: Sequence[Case], loaded: LoadedModel) -> list[Example]:
+    """The conversations as the model's training would have seen them."""
+    from aromni_jax.tokenizers import joint
+
+    return [
+        joint.encode(
+            [*([case.question] if case.question.parts else []), case.answer],
+            case.task,
+            loaded.model.vocab,
+            loaded.bundle.text,
+            loaded.templates,
+            key=case.key,
+        )
+        for case in cases
+    ]
+
+
 def _judges(corpus: pathlib.Path, loaded: LoadedModel, limit: int) -> tuple[Any, Any]:
     """A judge of pictures and one of spoken digits, each None where the training data has too little for it."""
     from aromni_jax.evaluation.judges import PictureJudge, SpeechJudge
@@ -237,7 +256,7 @@ def _judges(corpus: pathlib.Path, loaded: LoadedModel, limit: int) -> tuple[Any,
 
     pictures: dict[pathlib.Path, str] = {}
     digits: dict[pathlib.Path, str] = {}
-    for case in _outlines(corpus, "train"):
+    for case in outlines_of(corpus, "train"):
         parts: list[Any] = [part for turn in (case.question, case.answer) for part in turn.parts]
         for part in parts:
             if isinstance(part, Text) or "label" not in case.facts:
@@ -279,7 +298,7 @@ def held_out_losses(
     import numpy as np
 
     from aromni_jax.losses import next_token_loss
-    from aromni_jax.models.unstacked import forward
+    from aromni_jax.models.unstacked import forward, whole_head
     from aromni_jax.structs import Modality, Task
     from data_pipelines.pipeline import evaluation_batches
 
@@ -291,7 +310,7 @@ def held_out_losses(
     def sums_of(params: Any, batch: Any) -> tuple[Any, Any]:
         hidden, _ = forward(model.config, params, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
         sums = next_token_loss(
-            hidden, params["unembedding"], batch, valid_mask_V=vocab.valid_mask_V, chunk_tokens=1024
+            hidden, whole_head(params), batch, valid_mask_V=vocab.valid_mask_V, chunk_tokens=1024
         ).task_modality
         return sums.sum, sums.weight
 

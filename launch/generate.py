@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.flags import BAD_INPUT, add_config_argument, load_config
 from launch.generate_requests import TASKS, Refused, Request, read_requests
+from launch.model_flags import add_mesh_argument, add_weights_argument, parse_mesh
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stream", action="store_true", help="print text and write sound as they are made, one request after the other"
     )
     parser.add_argument("--template", default="", metavar="NAME", help="prompt templates, where the model names none")
+    add_mesh_argument(parser)
+    add_weights_argument(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -76,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
     from launch.loading import load_model
 
     clock = time.perf_counter()
-    loaded = load_model(args.model, template=args.template)
+    loaded = load_model(args.model, template=args.template, mesh=parse_mesh(args.mesh), weights=args.weights)
     seconds = {"load": time.perf_counter() - clock, "generate": 0.0}
     decoding = read_decoding(args)
     asked = ask(loaded, requests, args, decoding)
@@ -96,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
         settings = {
             name: getattr(args, name)
             for name in (
-                *("model", "seed", "max_text_tokens", "max_seconds"),
+                *("model", "mesh", "weights", "seed", "max_text_tokens", "max_seconds"),
                 *("temperature", "top_p", "guidance", "image_guidance"),
             )
         }

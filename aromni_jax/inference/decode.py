@@ -10,10 +10,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from aromni_jax.arrays import PyTree
 from aromni_jax.inference.grammar import Grammar, GrammarState
@@ -22,10 +24,12 @@ from aromni_jax.inference.machine import DecodeState, Machine, begin, decode_jit
 from aromni_jax.inference.sampling import row_keys
 from aromni_jax.inference.slots import REFILL_TOKENS, refill_jitted
 from aromni_jax.models.config import ModelConfig
-from aromni_jax.models.unstacked import unstack
+from aromni_jax.models.unstacked import Read, load, unstack
 from aromni_jax.structs import Example, Task
 from aromni_jax.tokenizers import joint
 from aromni_jax.vocab import JointVocab
+
+Weights = Literal["float32", "bfloat16", "int8"]
 
 LENGTH_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Prompts and answers are padded to the next of these (and to multiples of the last one)."""
@@ -37,7 +41,8 @@ about a token of every row (weights are read once more), so that s sqrt(2 / n) i
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OmniModel:
-    """A trained decoder ready to be asked: its shape, its parameters (`models.unstacked`) and their vocabulary.
+    """A trained decoder ready to be asked: its shape, its parameters (`models.unstacked`), their vocabulary, and the
+    mesh they are spread over (None: one device).
 
     `max_positions` is the longest sequence it was made for, question and answer together; None where nobody knows.
 
@@ -48,6 +53,7 @@ class OmniModel:
     config: ModelConfig
     params: PyTree
     vocab: JointVocab
+    mesh: Mesh | None = None
     max_positions: int | None = None
 
     def __post_init__(self) -> None:
@@ -59,14 +65,51 @@ class OmniModel:
             )
 
     @classmethod
-    def of(cls, config: ModelConfig, stacked: PyTree, vocab: JointVocab, max_positions: int | None = None) -> OmniModel:
-        """From parameters as training has them; arrays of jax among them are used up."""
-        return cls(config, unstack(config, stacked), vocab, max_positions)
+    def of(
+        cls,
+        config: ModelConfig,
+        stacked: PyTree,
+        vocab: JointVocab,
+        *,
+        mesh: Mesh | None = None,
+        weights: Weights | None = None,
+        max_positions: int | None = None,
+    ) -> OmniModel:
+        """From parameters as training has them; arrays of jax among them are used up.
+
+        With a mesh parameters and caches are split by the rules of `partitioning`; ValueError where it does not divide
+        them. `weights` is the type of the matrices, by default the compute type of the model; "float32" and "bfloat16"
+        are also what is computed in, "int8" leaves that as it is (`models.int8`).
+        """
+        config, is_int8 = _in_type(config, weights)
+        return cls(config, unstack(config, stacked, mesh=mesh, is_int8=is_int8), vocab, mesh, max_positions)
+
+    @classmethod
+    def read(
+        cls,
+        config: ModelConfig,
+        read: Read,
+        vocab: JointVocab,
+        *,
+        mesh: Mesh | None = None,
+        weights: Weights | None = None,
+        max_positions: int | None = None,
+    ) -> OmniModel:
+        """From parameters that lie in files: one at a time is read, and placed as `of` places it."""
+        config, is_int8 = _in_type(config, weights)
+        return cls(config, load(config, read, mesh=mesh, is_int8=is_int8), vocab, mesh, max_positions)
 
     @property
     def machine(self) -> Machine:
         """What the compiled programs need to know of it."""
-        return Machine(self.config, spans_of(self.vocab), tuple(self.vocab.special_ids.values()))
+        return Machine(self.config, spans_of(self.vocab), tuple(self.vocab.special_ids.values()), self.mesh)
+
+
+def _in_type(config: ModelConfig, weights: Weights | None) -> tuple[ModelConfig, bool]:
+    """The model as it computes with weights of that type, and whether its matrices have 8 bits."""
+    if weights is None or weights == "int8":
+        return config, weights == "int8"
+    return dataclasses.replace(config, dtype=weights), False
 
 
 def bucket_of(length: int, buckets: tuple[int, ...] = LENGTH_BUCKETS) -> int:

@@ -6,11 +6,15 @@ Reading the table is much of what a small batch waits for: of 65,536 rows of the
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from aromni_jax.arrays import IntArray
+from aromni_jax.models.int8 import read_here, scaled
+from aromni_jax.partitioning import constrain, num_shards
 from aromni_jax.vocab import JointVocab
 
 Spans = tuple[tuple[int, int], ...]
@@ -44,20 +48,37 @@ def shared_span(span_B: IntArray, num_spans: int) -> jax.Array:
 
 
 def narrow_logits(
-    hidden_RD: jax.Array, table_VD: jax.Array, span: jax.Array, *, spans: Spans, controls: tuple[int, ...]
+    hidden_RD: jax.Array,
+    table_VD: jax.Array,
+    span: jax.Array,
+    *,
+    spans: Spans,
+    controls: tuple[int, ...],
+    scale_V: jax.Array | None = None,
 ) -> jax.Array:
-    """float32 logits [R, V] of the rows of span number `span` and of the controls, each as the whole head gives it."""
+    """float32 logits [R, V] of the rows of span number `span` and of the controls, each as the whole head gives it.
 
-    def product(rows_WD: jax.Array) -> jax.Array:
-        return jnp.einsum("RD,WD->RW", hidden_RD, rows_WD.astype(hidden_RD.dtype), preferred_element_type=jnp.float32)
+    `scale_V` belongs to a table of 8 bits (`models.int8`).
+
+    On a mesh that splits the table every device reads its own rows: one that holds the whole span would keep the
+    others waiting. The choice among the logits is then made by every device for itself.
+    """
+
+    def product(rows: Any = slice(None)) -> jax.Array:
+        x_RD, rows_WD = read_here(hidden_RD, table_VD[rows], hidden_RD.dtype)
+        logits_RW = jnp.einsum("RD,WD->RW", x_RD, rows_WD, preferred_element_type=jnp.float32)
+        return scaled(logits_RW, None if scale_V is None else scale_V[rows])
 
     def narrow(start: int, stop: int) -> jax.Array:
         ids = jnp.asarray(controls)
         logits_RV = jnp.zeros((hidden_RD.shape[0], table_VD.shape[0]), jnp.float32)
-        logits_RV = logits_RV.at[:, ids].set(product(table_VD[ids]))
+        logits_RV = logits_RV.at[:, ids].set(product(ids))
         if start == stop:
             return logits_RV
-        return logits_RV.at[:, start:stop].set(product(table_VD[start:stop]))
+        return logits_RV.at[:, start:stop].set(product(slice(start, stop)))
 
-    branches = [lambda: product(table_VD), *(lambda where=where: narrow(*where) for where in spans[1:])]
+    if num_shards("vocab") > 1:
+        # Named in between, or the compiler gathers the table instead of the logits.
+        return constrain(constrain(product(), "batch", "vocab"), "batch", None)
+    branches = [product, *(lambda where=where: narrow(*where) for where in spans[1:])]
     return jax.lax.switch(span, branches)

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from aromni_jax import partitioning
 from aromni_jax.arrays import IntArray, PyTree
 from aromni_jax.inference.grammar import GrammarState, GrammarTables, advance, allowed_tokens, note_seen, repeated
 from aromni_jax.inference.head import Spans, narrow_logits, shared_span
 from aromni_jax.inference.sampling import repetition_penalised, sample
 from aromni_jax.models.config import ModelConfig
-from aromni_jax.models.unstacked import Caches, forward, make_caches
+from aromni_jax.models.unstacked import Caches, forward, make_caches, output_head
 
 PREFILL_TOKENS = 512
 """Prompts are read this many tokens at a time: scores of longer ones would not fit beside a large model."""
@@ -50,11 +53,25 @@ class DecodeState:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What does not change from token to token: the shape of the decoder, and which rows of its head serve a state."""
+    """What does not change from token to token: the shape of the decoder, which rows of its head serve a state, and
+    the mesh that its parameters are spread over (None: they are on one device)."""
 
     config: ModelConfig
     spans: Spans
     controls: tuple[int, ...]
+    mesh: Mesh | None = None
+
+
+def _on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(machine, ...)`, traced with the mesh of its machine in context."""
+
+    @functools.wraps(function)
+    def traced(machine: Machine, *args: Any, **kwargs: Any) -> Any:
+        if machine.mesh is None:
+            return function(machine, *args, **kwargs)
+        return partitioning.on_mesh(lambda: function(machine, *args, **kwargs), machine.mesh)()
+
+    return traced
 
 
 def begin(
@@ -72,7 +89,7 @@ def begin(
     num_rows = len(limit_B)
     num_cached = num_rows * num_contexts
     return DecodeState(
-        caches=make_caches(config, num_cached, cache_length),
+        caches=make_caches(config, num_cached, cache_length, machine.mesh),
         hidden_RD=jnp.zeros((num_cached, config.d_model), jnp.dtype(config.dtype)),
         place_R=jnp.zeros(num_cached, jnp.int32),
         grammar=grammar,
@@ -84,6 +101,7 @@ def begin(
     )
 
 
+@_on_mesh
 def extend(
     machine: Machine,
     params: PyTree,
@@ -123,6 +141,7 @@ def extend(
     return dataclasses.replace(state, hidden_RD=hidden_RD, caches=caches, place_R=state.place_R + lengths_R)
 
 
+@_on_mesh
 def decode(
     machine: Machine,
     params: PyTree,
@@ -153,8 +172,9 @@ def _emit(machine: Machine, params: PyTree, tables: GrammarTables, state: Decode
     live_B = ~tables.done_S[state_B]
     # Rows that are done read controls alone, and so never widen what the others read.
     span = shared_span(tables.span_S[state_B], len(machine.spans))
+    table_VD, scale_V = output_head(params)
     logits_RV = narrow_logits(
-        state.hidden_RD, params["unembedding"], span, spans=machine.spans, controls=machine.controls
+        state.hidden_RD, table_VD, span, spans=machine.spans, controls=machine.controls, scale_V=scale_V
     )
     logits_BV = guided(tables, state_B, logits_RV, state.place_R)
     chosen_B = choose(tables, state.grammar, logits_BV, state.seen_BV, state.step_B, state.limit_B, state.keys_B)

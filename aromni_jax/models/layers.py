@@ -14,6 +14,7 @@ from aromni_jax.models.attention_kernels import ATTENDED
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.gated_down import gated, gated_down, gated_gradients
 from aromni_jax.models.gradient_order import gradients_together
+from aromni_jax.models.int8 import read_here, scaled_in
 from aromni_jax.models.kv_cache import KVCache
 from aromni_jax.models.rope import Rotation, rotate
 from aromni_jax.partitioning import constrain, logical
@@ -100,13 +101,13 @@ class Attention(nn.Module):
         D, N, K, H = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
 
-        def weight(name: str, heads: int, axis: str) -> jax.Array:
+        def projected(name: str, heads: int, axis: str) -> jax.Array:
             init = logical(_fan_in((0,), (1, 2)), "embed", axis, "head_dim")
-            return self.param(name, init, (D, heads, H), param_dtype).astype(dtype)
+            y_BLD, w_DNH = read_here(x_BLD, self.param(name, init, (D, heads, H), param_dtype), dtype)
+            return scaled_in(self, name, jnp.einsum("BLD,DNH->BLNH", y_BLD, w_DNH))
 
-        q_BLNH = jnp.einsum("BLD,DNH->BLNH", x_BLD, weight("q", N, "heads"))
-        k_BLKH = jnp.einsum("BLD,DKH->BLKH", x_BLD, weight("k", K, "kv_heads"))
-        v_BLKH = jnp.einsum("BLD,DKH->BLKH", x_BLD, weight("v", K, "kv_heads"))
+        q_BLNH = projected("q", N, "heads")
+        k_BLKH, v_BLKH = projected("k", K, "kv_heads"), projected("v", K, "kv_heads")
 
         def turned(module: Attention, q_BLNH: jax.Array, k_BLKH: jax.Array) -> tuple[jax.Array, jax.Array]:
             if c.qk_norm:
@@ -131,11 +132,13 @@ class Attention(nn.Module):
             cache, keys_BSKH, values_BSKH = cache.write(layer, slots_BL, k_BLKH, v_BLKH)
             attended_BLNH = cached_attention(q_BLNH, keys_BSKH, values_BSKH, positions_BL)
         init = logical(_fan_in((0, 1), (2,)), "heads", "head_dim", "embed")
-        w_NHD = self.param("o", init, (N, H, D), param_dtype).astype(dtype)
+        attended_BLNH, w_NHD = read_here(attended_BLNH, self.param("o", init, (N, H, D), param_dtype), dtype)
         if cache is not None:
             # As one matrix: XLA on CPUs would contract over H first, and for that turn w around at every token.
-            return attended_BLNH.reshape(*x_BLD.shape[:2], N * H) @ w_NHD.reshape(N * H, D), cache
-        return jnp.einsum("BLNH,NHD->BLD", attended_BLNH, w_NHD), cache
+            y_BLD = attended_BLNH.reshape(*x_BLD.shape[:2], N * H) @ w_NHD.reshape(N * H, D)
+        else:
+            y_BLD = jnp.einsum("BLNH,NHD->BLD", attended_BLNH, w_NHD)
+        return scaled_in(self, "o", y_BLD), cache
 
 
 @jax.custom_vjp
@@ -184,18 +187,20 @@ class MLP(nn.Module):
         c = self.config
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
 
-        def weight(name: str, shape: tuple[int, int], *axes: str) -> jax.Array:
-            return self.param(name, logical(_fan_in((0,), (1,)), *axes), shape, param_dtype).astype(dtype)
+        def weight(x: jax.Array, name: str, shape: tuple[int, int], *axes: str) -> tuple[jax.Array, jax.Array]:
+            return read_here(x, self.param(name, logical(_fan_in((0,), (1,)), *axes), shape, param_dtype), dtype)
 
-        gate_DF, up_DF = (weight(name, (c.d_model, c.mlp_dim), "embed", "mlp") for name in ("gate", "up"))
+        x_BLD, gate_DF = weight(x_BLD, "gate", (c.d_model, c.mlp_dim), "embed", "mlp")
+        x_BLD, up_DF = weight(x_BLD, "up", (c.d_model, c.mlp_dim), "embed", "mlp")
         if c.remat in KEEP_LAYER_INPUTS:
             x_BLD, (gate_DF, up_DF) = gradients_together(x_BLD, (gate_DF, up_DF))
-        gate_BLF, up_BLF = _linear(x_BLD, gate_DF), _linear(x_BLD, up_DF)
-        w_FD = weight("down", (c.mlp_dim, c.d_model), "mlp", "embed")
+        gate_BLF = scaled_in(self, "gate", _linear(x_BLD, gate_DF))
+        up_BLF = scaled_in(self, "up", _linear(x_BLD, up_DF))
+        gate_BLF, w_FD = weight(gate_BLF, "down", (c.mlp_dim, c.d_model), "mlp", "embed")
         if c.remat in KEEP_LAYER_INPUTS:
             return gated_down(gate_BLF, up_BLF, w_FD)
         inner_BLF = constrain(_gated(gate_BLF, up_BLF), "batch", "length", "mlp")
-        return jnp.einsum("BLF,FD->BLD", inner_BLF, w_FD)
+        return scaled_in(self, "down", jnp.einsum("BLF,FD->BLD", inner_BLF, w_FD))
 
 
 def _between(swin_share: jax.Array, norm: nn.Module, x_BLD: jax.Array, *, normed_at: int) -> jax.Array:

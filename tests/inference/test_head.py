@@ -10,6 +10,7 @@ import pytest
 from aromni_jax.inference.grammar import compile_grammar
 from aromni_jax.inference.head import CONTROLS, WHOLE, narrow_logits, shared_span, spans_of
 from aromni_jax.inference.policy import policy_for
+from aromni_jax.models.int8 import quantised
 from aromni_jax.structs import Task
 from aromni_jax.vocab import JointVocab
 
@@ -44,14 +45,19 @@ def test_speech_and_pictures_read_little(grammar):
     assert grammar.tables.span_S[done] == CONTROLS
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 16])
-def test_logits_equal_those_of_the_whole_table_bit_for_bit(rows, dtype):
+def test_logits_equal_those_of_the_whole_table_bit_for_bit(rows, dtype, is_int8):
     rng = np.random.default_rng(0)
-    table = jnp.asarray(rng.normal(size=(RELEASED.size, 48)), dtype)
+    table, scale = jnp.asarray(rng.normal(size=(RELEASED.size, 48)), dtype), None
+    if is_int8:
+        table, scale = quantised(table, (1,))
     hidden = jnp.asarray(rng.normal(size=(rows, 48)), dtype)
     spans = spans_of(RELEASED)
-    compute = jax.jit(lambda span: narrow_logits(hidden, table, span, spans=spans, controls=CONTROL_ROWS))
+    compute = jax.jit(
+        lambda span: narrow_logits(hidden, table, span, spans=spans, controls=CONTROL_ROWS, scale_V=scale)
+    )
     whole = np.asarray(compute(WHOLE))
     for number, (start, stop) in enumerate(spans[1:], 1):
         read = np.union1d(np.arange(start, stop), CONTROL_ROWS)

@@ -34,6 +34,19 @@ def test_random_weights_of_a_config(tmp_path, monkeypatch, capfd):
     assert "bound by memory" in capfd.readouterr().out
 
 
+def test_int8_weights_are_a_quarter_of_float32_to_read(tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    path = tmp_path / "bench.json"
+    words = ["decode", "--repeats=1", f"--config.model={MODEL}", "--weights=int8", f"--json={path}"]
+    assert cli.run("bench", words) == 0
+    results = json.loads(path.read_text())
+    # A byte a weight; and in float32 the norms, and a scale for each output: q, k, v, o, gate, up, down, a row.
+    layers = 2 * (4 * 32 * 32 + 3 * 32 * 48 + 4 * (2 * 32 + 4 * 32) + 4 * (5 * 32 + 2 * 48)) + 4 * 32
+    assert results["text"]["bytes_per_token"] == layers + 65_536 * (32 + 4)
+    assert results["speech"]["bytes_per_token"] == layers + (4096 + 12) * (32 + 4)
+    assert "int8" in results["text"]["shape"] and results["text"]["ours"] > 0
+
+
 def test_streams_are_told_by_their_medians():
     records = [
         {"rtf": rtf, "first_token_seconds": 0.01, "ttfa_seconds": 0.1, "audio_seconds": 2.0, "underruns": 1}
