@@ -75,7 +75,7 @@ def _from_export(path: pathlib.Path, template: str) -> tuple[OmniModel, int, pat
 
     opened = ChameleonDirectory(path)
     config = dataclasses.replace(opened.model, param_dtype=opened.dtype, remat="none")
-    model = OmniModel.of(config, opened.params(), opened.vocab)
+    model = OmniModel.of(config, opened.params(), opened.vocab, opened.provenance.max_positions)
     return model, opened.provenance.step, opened.tokenizers, template or opened.provenance.template
 
 
@@ -83,5 +83,6 @@ def _from_workdir(path: pathlib.Path, template: str) -> tuple[OmniModel, int, pa
     from aromni_jax.inference.decode import OmniModel
 
     run = SavedRun(path)
-    model = OmniModel.of(dataclasses.replace(run.model, remat="none"), run.params.load(), run.vocab)
+    config = dataclasses.replace(run.model, remat="none")
+    model = OmniModel.of(config, run.params.load(), run.vocab, run.max_positions)
     return model, run.params.step, run.tokenizers, template or run.template()

@@ -62,6 +62,11 @@ class SavedRun:
         config = self.params.facts.config
         return config["imported"]["template"] if "imported" in config else _template_of_data(config)
 
+    @property
+    def max_positions(self) -> int:
+        """The longest document it was trained on may have this many tokens."""
+        return int(self.params.facts.config["sequence_length"])
+
     def provenance(self, template: str = "") -> Provenance:
         """What an export says about its origin; `template` overrides what the run knows."""
         from aromni_jax.interop.chameleon import Provenance
@@ -72,7 +77,7 @@ class SavedRun:
             template=template or self.template(),
             data_fingerprint=self.params.facts.data_fingerprint,
             uses_ema=self._ema or bool(config.get("imported", {}).get("uses_ema")),
-            max_positions=config["sequence_length"],
+            max_positions=self.max_positions,
         )
 
 

@@ -31,16 +31,20 @@ LENGTH_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OmniModel:
-    """A trained decoder ready to be asked: its shape, its parameters (`models.unstacked`) and their vocabulary."""
+    """A trained decoder ready to be asked: its shape, its parameters (`models.unstacked`) and their vocabulary.
+
+    `max_positions` is the longest sequence it was made for, question and answer together; None where nobody knows.
+    """
 
     config: ModelConfig
     params: PyTree
     vocab: JointVocab
+    max_positions: int | None = None
 
     @classmethod
-    def of(cls, config: ModelConfig, stacked: PyTree, vocab: JointVocab) -> OmniModel:
+    def of(cls, config: ModelConfig, stacked: PyTree, vocab: JointVocab, max_positions: int | None = None) -> OmniModel:
         """From parameters as training has them; arrays of jax among them are used up."""
-        return cls(config, unstack(config, stacked), vocab)
+        return cls(config, unstack(config, stacked), vocab, max_positions)
 
     @property
     def machine(self) -> Machine:

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from aromni_jax.inference.decode import OmniModel, bucket_of, check_request
 from aromni_jax.inference.grammar import Grammar
-from aromni_jax.inference.machine import begin, decode_jitted, extend_jitted
+from aromni_jax.inference.machine import DecodeState, begin, decode_jitted, extend_jitted
 from aromni_jax.inference.sampling import row_keys
 from aromni_jax.structs import Example, Modality, TokenEvent
 from aromni_jax.vocab import JointVocab
@@ -57,16 +58,36 @@ def stream_tokens(
     )
     lengths_R = np.array([length, 1][: 1 + is_guided], np.int32)
     state = extend_jitted(machine, model.params, state, tokens_RL, lengths_R)
-    modality_V, done_S = model.vocab.modality_V, np.asarray(grammar.tables.done_S)
-    run, told = first_run, 0
-    while True:
-        state = decode_jitted(machine, model.params, grammar.tables, state, run)
-        made = int(state.step_B[0])
-        ids = np.asarray(state.tokens_BT[0, told:made])
-        yield [TokenEvent(0, told + i, int(token), Modality(int(modality_V[token]))) for i, token in enumerate(ids)]
-        if done_S[int(state.grammar.state_B[0])]:
+    told = 0
+    for run in run_lengths(first_run, longest_run):
+        state, events, is_done = next_run(model, grammar, state, told, run)
+        yield events
+        if is_done:
             return
-        told, run = made, min(2 * run, longest_run)
+        told += len(events)
+
+
+def run_lengths(first_run: int = FIRST_RUN, longest_run: int = LONGEST_RUN) -> Iterator[int]:
+    """Tokens of one run after the other, without end."""
+    run = first_run
+    while True:
+        yield run
+        run = min(2 * run, longest_run)
+
+
+def next_run(
+    model: OmniModel, grammar: Grammar, state: DecodeState, told: int, run: int
+) -> tuple[DecodeState, list[TokenEvent], bool]:
+    """Up to `run` more tokens of the one answer of `state`, of which `told` are known, and whether it is done."""
+    state = decode_jitted(model.machine, model.params, grammar.tables, state, run)
+    # The whole row in one trip: a slice would be a program of its own for every place and length.
+    tokens_BT, step_B, state_B = jax.device_get((state.tokens_BT, state.step_B, state.grammar.state_B))
+    modality_V = model.vocab.modality_V
+    events = [
+        TokenEvent(0, step, int(tokens_BT[0, step]), Modality(int(modality_V[tokens_BT[0, step]])))
+        for step in range(told, int(step_B[0]))
+    ]
+    return state, events, grammar.kinds[int(state_B[0])] == "done"
 
 
 class SpeechDecoder(Protocol):

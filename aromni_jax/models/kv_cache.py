@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from aromni_jax.models.config import ModelConfig
+from aromni_jax.models.rope import rotate, rotation
 
 
 @jax.tree_util.register_dataclass
@@ -60,3 +61,23 @@ class KVCache:
         """Lengths after reading these tokens."""
         ends_BL = jnp.where(segment_ids_BL == 0, 0, positions_BL + 1)
         return dataclasses.replace(self, lengths_B=jnp.maximum(self.lengths_B, ends_BL.max(axis=1)))
+
+    def without(self, start: jax.Array, counts_B: jax.Array, theta: float) -> KVCache:
+        """The cache after `counts_B` tokens of each row, those from slot `start` on, are gone and the rest has moved up.
+
+            slots, start 1, count 2:  [s a b c d . .]  ->  [s c d . . . .]
+
+        Keys are turned to their new positions (RoPE of base `theta`), which is what they would be had they been
+        written there, to rounding; a row of count 0 stays as it is, bit for bit. What kept tokens had read of those
+        that are gone stays in their keys and values.
+        """
+        slots_S = jnp.arange(self.max_length)
+        shifts_BS = jnp.where(slots_S < start, 0, counts_B[:, None])
+        # Slots past the end are read by nobody before they are written.
+        sources_BS = jnp.minimum(slots_S + shifts_BS, self.max_length - 1)
+
+        def moved(x_nBSKH: jax.Array) -> jax.Array:
+            return jax.vmap(lambda x, sources_S: jnp.take(x, sources_S, axis=1), (1, 0), 1)(x_nBSKH, sources_BS)
+
+        turn = rotation(-shifts_BS, self.keys.shape[-1], theta)
+        return KVCache(rotate(moved(self.keys), turn), moved(self.values), self.lengths_B - counts_B)
