@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", metavar="FILE", help="a picture for it to see")
     parser.add_argument("--speech", metavar="FILE", help="a sound file for it to hear")
     parser.add_argument(
-        "--input", metavar="FILE.jsonl", help='many requests: {"task", "text", "image", "speech"} a line'
+        "--input",
+        metavar="FILE.jsonl",
+        help='many requests: {"task", "text", "image", "speech"} a line; chats that share a "conversation" are the '
+        "turns of one dialogue, in the order of the file",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where PNG, WAV, text and result.json go")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is sampled (default: 0)")
@@ -48,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="of pictures and chat (default: the config's)")
     parser.add_argument("--top_p", type=float, metavar="P", help="of pictures and chat (default: the config's)")
     parser.add_argument("--guidance", type=float, metavar="S", help="of pictures, 1 for none (default: the config's)")
+    parser.add_argument(
+        "--budget", type=int, metavar="N", help="tokens that a dialogue remembers (default: the model's positions)"
+    )
     add_config_argument(parser, "configs/decode.py")
     parser.add_argument(
         "--describe",
@@ -63,12 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One thing asked: a task and what goes with it; media as paths."""
+    """One thing asked: a task and what goes with it, media as paths; of a chat also the dialogue it is a turn of."""
 
     task: str
     text: str | None = None
     image: str | None = None
     speech: str | None = None
+    conversation: str | None = None
 
     def check(self, where: str) -> None:
         """ValueError naming `where` when the task is unknown or its inputs are not the ones it takes."""
@@ -88,6 +95,8 @@ class Request:
             )
         if extra:
             raise ValueError(f"{where}: {self.task} does not take {', '.join(extra)}")
+        if self.conversation is not None and self.task != "chat":
+            raise ValueError(f"{where}: only a chat is a turn of a conversation, not {self.task}")
 
 
 def read_requests(args: argparse.Namespace) -> list[Request]:
@@ -114,7 +123,9 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
             fields = {"task": args.task, **json.loads(line)}
             request = Request(**fields)
         except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{where} is not a request with task, text, image or speech: {error}") from error
+            raise ValueError(
+                f"{where} is not a request with task, text, image, speech or conversation: {error}"
+            ) from error
         # Media are named relative to the file that names them.
         media = {k: str(path.parent / v) for k in ("image", "speech") if (v := getattr(request, k)) is not None}
         request = dataclasses.replace(request, **media)
@@ -140,25 +151,31 @@ def main(args: argparse.Namespace) -> int:
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     decoding = read_decoding(args)
-    asked = ask(loaded, requests, args, decoding)
-    latencies: list[dict[str, Any]] = [{} for _ in requests]
-    if args.stream:
-        from launch.generate_stream import stream_answers
+    single = [i for i, request in enumerate(requests) if request.conversation is None]
+    turns = [i for i, request in enumerate(requests) if request.conversation is not None]
+    answered: dict[int, tuple[tuple[Part, ...], dict[str, Any]]] = {}
+    if single:
+        asked = ask(loaded, [requests[i] for i in single], args, decoding)
+        if args.stream:
+            from launch.generate_stream import stream_answers
 
-        answers, latencies = stream_answers(
-            loaded, asked, [_stem(i, r) for i, r in enumerate(requests)], output, args.seed
-        )
-    else:
-        answers = answer(loaded, asked, args.seed)
+            stems = [_stem(i, requests[i]) for i in single]
+            streamed = zip(*stream_answers(loaded, asked, stems, output, args.seed), strict=True)
+            answered |= zip(single, ((parts, {"latency": latency}) for parts, latency in streamed), strict=True)
+        else:
+            answers = answer(loaded, asked, args.seed)
+            answered |= zip(single, ((parts, {}) for parts in answers), strict=True)
+    if turns:
+        answered |= _answer_dialogues(loaded, requests, turns, args, decoding, output)
     seconds = {"load": loaded_at - started, "generate": time.perf_counter() - loaded_at}
-    lines = [
-        _write(parts, request, output, i, loaded, sound_is_written=args.stream)
-        | ({"latency": latency} if latency else {})
-        for i, (request, parts, latency) in enumerate(zip(requests, answers, latencies, strict=True))
-    ]
+    lines = []
+    for i, request in enumerate(requests):
+        parts, told = answered[i]
+        is_heard = args.stream or request.conversation is not None
+        lines.append(_write(parts, request, output, i, loaded, sound_is_written=is_heard) | told)
     settings = {
         name: getattr(args, name)
-        for name in ("model", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p", "guidance")
+        for name in ("model", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p", "guidance", "budget")
     }
     settings["decoding"] = dataclasses.asdict(decoding)
     result = {"settings": settings, "step": loaded.step, "seconds": seconds, "answers": lines}
@@ -205,10 +222,7 @@ def ask(loaded: LoadedModel, requests: list[Request], args: argparse.Namespace, 
 
     tasks = {request.task: Task.from_name(request.task) for request in requests}
     policies = {task: policy_for(task, decoding) for task in tasks.values()}
-    speech_tokens = 0
-    if bundle.speech:
-        speech_tokens = round(args.max_seconds * bundle.speech.codes_per_second) * len(vocab.speech)
-    limits = {task: _limit(task, args.max_text_tokens, speech_tokens, vocab.tokens_per_image) for task in policies}
+    limits = {task: _limit(task, args, loaded) for task in policies}
     prompts = [
         joint.prompt(
             [_question(request, loaded)], tasks[request.task], vocab, bundle.text, loaded.templates, key=str(i)
@@ -240,11 +254,42 @@ def _stem(index: int, request: Request) -> str:
     return f"{index:04d}_{request.task.replace('-', '_')}"
 
 
-def _limit(task: Task, text_tokens: int, speech_tokens: int, image_tokens: int) -> int:
+def _answer_dialogues(
+    loaded: LoadedModel,
+    requests: list[Request],
+    turns: list[int],
+    args: argparse.Namespace,
+    decoding: DecodingConfig,
+    output: pathlib.Path,
+) -> dict[int, tuple[tuple[Part, ...], dict[str, Any]]]:
+    """The answers to the requests number `turns`, each with what `result.json` says of it."""
+    from aromni_jax.structs import Task
+    from launch.generate_dialogue import Turn, answer_dialogues
+
+    asked = [
+        Turn(str(requests[i].conversation), _question(requests[i], loaded).parts, _stem(i, requests[i])) for i in turns
+    ]
+    answers = answer_dialogues(
+        loaded,
+        asked,
+        decoding,
+        output,
+        budget=args.budget,
+        answer_tokens=_limit(Task.CHAT, args, loaded),
+        seed=args.seed,
+        is_shown=args.stream,
+    )
+    return dict(zip(turns, answers, strict=True))
+
+
+def _limit(task: Task, args: argparse.Namespace, loaded: LoadedModel) -> int:
     """Most tokens of an answer: what its parts may take, and their delimiters."""
     from aromni_jax.inference.policy import MEDIA_DELIMITERS
     from aromni_jax.structs import Task
 
+    codec, vocab = loaded.bundle.speech, loaded.model.vocab
+    text_tokens, image_tokens = args.max_text_tokens, vocab.tokens_per_image
+    speech_tokens = round(args.max_seconds * codec.codes_per_second) * len(vocab.speech) if codec else 0
     if task == Task.TEXT_TO_SPEECH:
         return speech_tokens + MEDIA_DELIMITERS  # no more, or it would be longer than asked
     parts = {

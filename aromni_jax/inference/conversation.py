@@ -7,10 +7,10 @@ leaves them; the newest of them goes only where it does not fit. What is kept mo
 position reaches the budget, however long the dialogue. Half, and not only what is needed, because keys are rounded
 each time they turn: this way a turn moves about once before it goes.
 
-Answers come in runs, as `streaming.stream_tokens` gives them. One that is not read to its end (the iterator is closed or
-left, or what consumes it fails) is closed as it stands: whole pieces of text, frames of speech and pictures are
-kept, an unfinished frame or picture is taken back, and the tokens that end the turn are read. An answer that ends with
-another token than the template's (eos, say) has it replaced.
+Answers come in runs, as `streaming.stream_tokens` gives them. One that is not read to its end (the iterator is closed
+or left, or what consumes it fails) is closed as it stands: whole pieces of text, frames of speech and pictures stay, an
+unfinished frame or picture is taken back, and the tokens that end the turn are read. Where a model ends its answer with
+another token than the template does (eos, say), that one is replaced.
 """
 
 from __future__ import annotations
@@ -145,6 +145,25 @@ class Conversation:
         """The record of the last turn that is closed; None before there is one."""
         return self._record
 
+    def check(self, parts: Sequence[Part]) -> list[int]:
+        """The ids of a question, with the opening of its answer; nothing is read.
+
+        Raises:
+          ValueError: a question that is empty, that the template has no place for, or that the budget cannot hold
+            together with an answer.
+        """
+        if not parts:
+            raise ValueError("a question needs at least one part: text, a picture or speech")
+        ids = self._prompt(Message("user", tuple(parts)))[self._num_opening :]
+        most = self._budget - self._num_opening - self._max_new
+        if len(ids) > most:
+            raise ValueError(
+                f"this question has {len(ids)} tokens, but a budget of {self._budget} leaves {most} beside the "
+                f"{self._num_opening} that open the sequence and {self._max_new} for the answer: shorten the question "
+                "(a shorter text or sound, fewer pictures), allow fewer tokens for answers, or raise the budget"
+            )
+        return ids
+
     def ask(
         self, parts: Sequence[Part], *, first_run: int = FIRST_RUN, longest_run: int = LONGEST_RUN
     ) -> Iterator[list[TokenEvent]]:
@@ -154,20 +173,9 @@ class Conversation:
           parts: text, pictures and speech (as codes) in any order; the template puts them into its own.
 
         Raises:
-          ValueError: a question that is empty, that the template has no place for, or that the budget cannot hold
-            together with an answer; the dialogue is then as it was, and can go on.
+          ValueError: a question that `check` refuses; the dialogue is then as it was, and can go on.
         """
-        if not parts:
-            raise ValueError("a question needs at least one part: text, a picture or speech")
-        message = Message("user", tuple(parts))
-        ids = self._prompt(message)[self._num_opening :]
-        most = self._budget - self._num_opening - self._max_new
-        if len(ids) > most:
-            raise ValueError(
-                f"this question has {len(ids)} tokens, but a budget of {self._budget} leaves {most} beside the "
-                f"{self._num_opening} that open the sequence and {self._max_new} for the answer: shorten the question "
-                "(a shorter text or sound, fewer pictures), allow fewer tokens for answers, or raise the budget"
-            )
+        ids = self.check(parts)
         self.close_answer()
         self._evicted_turns = self._evicted_tokens = 0
         self._make_room(len(ids))
@@ -179,7 +187,7 @@ class Conversation:
             seen_BV=jnp.zeros_like(self._state.seen_BV),
         )
         self._read(ids, at=self.occupancy_tokens)
-        turn = self._open = _Turn(self._asked, message, len(ids), [])
+        turn = self._open = _Turn(self._asked, Message("user", tuple(parts)), len(ids), [])
         self._turns.append(turn)
         self._asked += 1
         return self._answer(turn, first_run, longest_run)
@@ -308,8 +316,8 @@ class Conversation:
         shortest, positions = self._grammar.shortest_answers[Task.CHAT], self._model.max_positions
         if positions is not None and self._budget > positions:
             raise ValueError(
-                f"a budget of {self._budget} tokens is more than the {positions} positions that the model was made for; "
-                f"give at most {positions}"
+                f"a budget of {self._budget} tokens is more than the {positions} positions that the model was made "
+                f"for; give at most {positions}"
             )
         if not shortest <= self._max_new < self._budget:
             raise ValueError(

@@ -63,7 +63,7 @@ class KVCache:
         return dataclasses.replace(self, lengths_B=jnp.maximum(self.lengths_B, ends_BL.max(axis=1)))
 
     def without(self, start: jax.Array, counts_B: jax.Array, theta: float) -> KVCache:
-        """The cache after `counts_B` tokens of each row, those from slot `start` on, are gone and the rest has moved up.
+        """The cache after `counts_B` tokens of each row, from slot `start` on, are gone and the rest has moved up.
 
             slots, start 1, count 2:  [s a b c d . .]  ->  [s c d . . . .]
 

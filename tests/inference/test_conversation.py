@@ -138,15 +138,13 @@ def test_the_first_answer_is_the_answer_of_a_stream(model, grammar):
     parts = [Text("what is this?"), Image(codes_P=np.array([1, 2, 3, 4], np.int32))]
     prompt = joint.prompt([Message("user", tuple(parts))], Task.CHAT, VOCAB, TEXT, TEMPLATES)
     for seed in range(3):
-        wanted = [
-            e.token_id for run in stream_tokens(model, grammar, prompt, max_new_tokens=MAX_NEW, seed=seed) for e in run
-        ]
-        assert say(started(model, grammar, seed=seed), parts) == wanted
+        runs = stream_tokens(model, grammar, prompt, max_new_tokens=MAX_NEW, seed=seed)
+        assert say(started(model, grammar, seed=seed), parts) == [event.token_id for run in runs for event in run]
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_what_is_kept_moves_up(grammar, num_layers):
-    """One layer knows nothing of its past: the cache is that of a fresh reading. Deeper, keys are the old ones turned."""
+    """Keys are the old ones, turned; of one layer, which knows nothing of its past, also those of a fresh reading."""
     config = config_of(num_layers)
     model = OmniModel.of(config, stacked_of(config), VOCAB)
     rng = np.random.default_rng(3)
