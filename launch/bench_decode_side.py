@@ -74,7 +74,7 @@ def _ours(directory: Path) -> Callable[[str], Any]:
     from aromni_jax.structs import Example, Task
 
     model, loaded = _load(directory)
-    bundle = loaded.bundle if loaded else None
+    bundle: Any = loaded.bundle if loaded else None
     config, vocab, machine = model.config, model.vocab, model.machine
     tasks = {"text": Task.TEXT} | ({"speech": Task.TEXT_TO_SPEECH} if vocab.speech else {})
     grammar = compile_grammar(vocab, {task: policy_for(task, DecodingConfig(text=GREEDY)) for task in tasks.values()})
@@ -159,7 +159,7 @@ def _ours(directory: Path) -> Callable[[str], Any]:
 
 
 def _load(directory: Path) -> tuple[Any, Any]:
-    """(model, all that belongs to it) of an export; or, of the shape in `model.txt`, random weights, exported for the peer."""
+    """(model, `LoadedModel`) of an export; or (random weights, None) of `model.txt`'s shape, exported for the peer."""
     if not (directory / "model.txt").is_file():
         from launch.loading import load_model
 

@@ -1,4 +1,4 @@
-"""What `aromni bench decode --model=DIR` calls `dialogue`: one conversation of many turns, and whether they stay alike."""
+"""The `dialogue` of `aromni bench decode --model=DIR`: one conversation of many turns, and whether they stay alike."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy as np
 from launch.generate_dialogue import DEFAULT_BUDGET
 
 if TYPE_CHECKING:
-    from aromni_jax.inference.decode import OmniModel
     from aromni_jax.structs import Part
     from launch.loading import LoadedModel
 
@@ -83,8 +82,7 @@ def _ends(values: list[float]) -> tuple[list[float], list[float]]:
 def _questions(loaded: LoadedModel) -> Iterator[list[Part]]:
     from aromni_jax.structs import Image, Speech, Text
 
-    model: OmniModel = loaded.model
-    vocab, rng = model.vocab, np.random.default_rng(0)
+    vocab, rng = loaded.model.vocab, np.random.default_rng(0)
     for number in itertools.count():
         parts: list[Part] = []
         if number % 4 in (0, 3):

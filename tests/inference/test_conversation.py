@@ -116,22 +116,25 @@ def cached(state, length: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(np.asarray(c.keys[0, 0, :length]), np.asarray(c.values[0, 0, :length])) for c in state.caches]
 
 
-def test_without_eviction_the_cache_is_that_of_a_fresh_reading_of_the_whole_history(model, grammar):
-    """Ids, keys, values and the last hidden state, after turns of all kinds, one of them cut short."""
-    conversation = started(model, grammar, budget=512)
+@pytest.mark.parametrize("name", ["official-v0.1", "paper", "quickstart"])
+def test_without_eviction_the_cache_is_that_of_a_fresh_reading_of_the_whole_history(model, grammar, name):
+    """Keys, values and the last hidden state, after turns of all kinds, one of them cut short."""
+    templates = load_templates(name)
+    conversation = started(model, grammar, budget=512, templates=templates)
     for number, parts in enumerate(itertools.islice(questions(), 6)):
         runs = conversation.ask(parts, first_run=3)
         for _ in itertools.islice(runs, 1 if number == 2 else None):
             pass
         del runs
         assert conversation.last_turn.evicted_turns == 0
-    history_L = encoded(conversation)
+    history_L = joint.encode(conversation.messages, Task.CHAT, VOCAB, TEXT, templates).tokens_L
     assert len(history_L) == conversation.occupancy_tokens
     wanted = reread(model, grammar, history_L, 512)
     state = conversation._state
     for found, new in zip(cached(state, len(history_L)), cached(wanted, len(history_L)), strict=True):
         np.testing.assert_allclose(found[0], new[0], atol=1e-4)
         np.testing.assert_allclose(found[1], new[1], atol=1e-4)
+    np.testing.assert_allclose(state.hidden_RD[0], wanted.hidden_RD[0], atol=1e-4)
 
 
 def test_the_first_answer_is_the_answer_of_a_stream(model, grammar):
