@@ -54,7 +54,7 @@ def answer_dialogues(
       ValueError: a question does not fit into the budget; nothing is answered then.
     """
     grammar = compile_grammar(loaded.model.vocab, {Task.CHAT: policy_for(Task.CHAT, decoding)})
-    budget = budget or loaded.model.max_positions or DEFAULT_BUDGET
+    budget = (loaded.model.max_positions or DEFAULT_BUDGET) if budget is None else budget
     most = min(answer_tokens, budget // 2)
     answers: dict[int, Answer] = {}
     for name in dict.fromkeys(turn.conversation for turn in turns):

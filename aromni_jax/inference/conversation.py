@@ -328,7 +328,6 @@ class Conversation:
 
 @functools.partial(jax.jit, static_argnames=("machine",), donate_argnames=("state",))
 def forget(machine: Machine, state: DecodeState, start: IntArray, count: IntArray) -> DecodeState:
-    """Takes the `count` tokens from slot `start` on out of the first cached row; what follows moves up."""
-    counts_R = jnp.zeros_like(state.place_R).at[0].set(count)
-    caches = tuple(cache.without(start, counts_R, machine.config.rope_theta) for cache in state.caches)
-    return dataclasses.replace(state, caches=caches, place_R=state.place_R - counts_R)
+    """Takes the `count` tokens from slot `start` on out of the first cached row, in place; what follows moves up."""
+    caches = tuple(cache.without(0, start, count, machine.config.rope_theta) for cache in state.caches)
+    return dataclasses.replace(state, caches=caches, place_R=state.place_R.at[0].add(-count))

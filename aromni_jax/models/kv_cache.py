@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from aromni_jax.models.config import ModelConfig
-from aromni_jax.models.rope import rotate, rotation
+from aromni_jax.models.rope import Rotation, rotate, rotation
+
+MOVED_TOGETHER = (64, 8, 1)
+"""Slots that `without` moves at a time: most in the first width, what is left in the others."""
 
 
 @jax.tree_util.register_dataclass
@@ -62,22 +65,32 @@ class KVCache:
         ends_BL = jnp.where(segment_ids_BL == 0, 0, positions_BL + 1)
         return dataclasses.replace(self, lengths_B=jnp.maximum(self.lengths_B, ends_BL.max(axis=1)))
 
-    def without(self, start: jax.Array, counts_B: jax.Array, theta: float) -> KVCache:
-        """The cache after `counts_B` tokens of each row, from slot `start` on, are gone and the rest has moved up.
+    def without(self, row: int, start: jax.Array, count: jax.Array, theta: float) -> KVCache:
+        """The cache after `count` tokens of one row, from slot `start` on, are gone and the rest has moved up.
 
             slots, start 1, count 2:  [s a b c d . .]  ->  [s c d . . . .]
 
         Keys are turned to their new positions (RoPE of base `theta`), which is what they would be had they been
-        written there, to rounding; a row of count 0 stays as it is, bit for bit. What kept tokens had read of those
-        that are gone stays in their keys and values.
+        written there, to rounding. What kept tokens had read of those that are gone stays in their keys and values.
         """
-        slots_S = jnp.arange(self.max_length)
-        shifts_BS = jnp.where(slots_S < start, 0, counts_B[:, None])
-        # Slots past the end are read by nobody before they are written.
-        sources_BS = jnp.minimum(slots_S + shifts_BS, self.max_length - 1)
+        head_dim = self.keys.shape[-1]
+        turn = rotation(jnp.broadcast_to(-count, (1, 1)), head_dim, theta)
 
-        def moved(x_nBSKH: jax.Array) -> jax.Array:
-            return jax.vmap(lambda x, sources_S: jnp.take(x, sources_S, axis=1), (1, 0), 1)(x_nBSKH, sources_BS)
+        def move(x_nBSKH: jax.Array, slot: jax.Array, width: int, turn: Rotation | None = None) -> jax.Array:
+            """Fills `width` slots from `slot` on; what it reads lies behind, so that it can be done in place."""
+            layers, _, _, heads, _ = x_nBSKH.shape
+            size = (layers, 1, width, heads, head_dim)
+            x = jax.lax.dynamic_slice(x_nBSKH, (0, row, slot + count, 0, 0), size)
+            return jax.lax.dynamic_update_slice(x_nBSKH, rotate(x, turn) if turn else x, (0, row, slot, 0, 0))
 
-        turn = rotation(-shifts_BS, self.keys.shape[-1], theta)
-        return KVCache(rotate(moved(self.keys), turn), moved(self.values), self.lengths_B - counts_B)
+        keys, values, slot = self.keys, self.values, jnp.asarray(start)
+        for width in MOVED_TOGETHER:
+            num_moves = jnp.maximum(self.lengths_B[row] - count - slot, 0) // width
+
+            def body(number: jax.Array, kv: tuple[jax.Array, jax.Array], slot=slot, width=width):
+                to = slot + number * width
+                return move(kv[0], to, width, turn), move(kv[1], to, width)
+
+            keys, values = jax.lax.fori_loop(0, num_moves, body, (keys, values))
+            slot = slot + num_moves * width
+        return KVCache(keys, values, self.lengths_B.at[row].add(-count))
