@@ -35,7 +35,7 @@ from aromni_jax.inference.machine import (
     extend_jitted,
 )
 from aromni_jax.inference.sampling import row_keys
-from aromni_jax.inference.streaming import FIRST_RUN, LONGEST_RUN, next_run, run_lengths
+from aromni_jax.inference.streaming import FIRST_RUN, LONGEST_RUN, made_since, run_lengths
 from aromni_jax.structs import Message, Part, Task, TokenEvent
 from aromni_jax.tokenizers import joint
 from aromni_jax.tokenizers.prompts import Templates
@@ -197,6 +197,9 @@ class Conversation:
         turn = self._open
         if turn is None:
             return
+        # What was made and not yet told, because the wait for it was interrupted, is in the cache too.
+        untold, _ = made_since(self._model, self._grammar, self._state, len(turn.answer_ids))
+        turn.answer_ids += [event.token_id for event in untold]
         made = len(turn.answer_ids)
         was_cut, taken_back, ending = self._end_of(turn)
         kept = made - taken_back
@@ -224,9 +227,8 @@ class Conversation:
                 # Room is made only when the cache is full, so that runs of any length evict at the same token.
                 self._make_room(1)
                 run = min(run, self._budget - self.occupancy_tokens)
-                self._state, events, is_done = next_run(
-                    self._model, self._grammar, self._state, len(turn.answer_ids), run
-                )
+                self._decode(run)
+                events, is_done = made_since(self._model, self._grammar, self._state, len(turn.answer_ids))
                 turn.answer_ids += [event.token_id for event in events]
                 if is_done:
                     self.close_answer()
@@ -285,6 +287,9 @@ class Conversation:
     def _extend(self, tokens_RL: IntArray, lengths_R: IntArray) -> None:
         self._state = extend_jitted(self._model.machine, self._model.params, self._state, tokens_RL, lengths_R)
 
+    def _decode(self, run: int) -> None:
+        self._state = decode_jitted(self._model.machine, self._model.params, self._grammar.tables, self._state, run)
+
     @property
     def _widths(self) -> tuple[int, ...]:
         """The widths that a question within the budget can need."""
@@ -297,7 +302,7 @@ class Conversation:
         for width in self._widths:
             self._extend(np.zeros((len(nothing_R), width), np.int32), nothing_R)
         self._state = forget(model.machine, self._state, np.int32(0), np.int32(0))
-        self._state = decode_jitted(model.machine, model.params, self._grammar.tables, self._state, 0)
+        self._decode(0)
 
     def _prompt(self, message: Message) -> list[int]:
         return joint.prompt(

@@ -60,7 +60,8 @@ def stream_tokens(
     state = extend_jitted(machine, model.params, state, tokens_RL, lengths_R)
     told = 0
     for run in run_lengths(first_run, longest_run):
-        state, events, is_done = next_run(model, grammar, state, told, run)
+        state = decode_jitted(machine, model.params, grammar.tables, state, run)
+        events, is_done = made_since(model, grammar, state, told)
         yield events
         if is_done:
             return
@@ -75,19 +76,14 @@ def run_lengths(first_run: int = FIRST_RUN, longest_run: int = LONGEST_RUN) -> I
         run = min(2 * run, longest_run)
 
 
-def next_run(
-    model: OmniModel, grammar: Grammar, state: DecodeState, told: int, run: int
-) -> tuple[DecodeState, list[TokenEvent], bool]:
-    """Up to `run` more tokens of the one answer of `state`, of which `told` are known, and whether it is done."""
-    state = decode_jitted(model.machine, model.params, grammar.tables, state, run)
+def made_since(model: OmniModel, grammar: Grammar, state: DecodeState, told: int) -> tuple[list[TokenEvent], bool]:
+    """What the one answer of `state` has beyond its first `told` tokens, and whether it is done; waits for it."""
     # The whole row in one trip: a slice would be a program of its own for every place and length.
     tokens_BT, step_B, state_B = jax.device_get((state.tokens_BT, state.step_B, state.grammar.state_B))
+    ids = [int(token) for token in tokens_BT[0, told : step_B[0]]]
     modality_V = model.vocab.modality_V
-    events = [
-        TokenEvent(0, step, int(tokens_BT[0, step]), Modality(int(modality_V[tokens_BT[0, step]])))
-        for step in range(told, int(step_B[0]))
-    ]
-    return state, events, grammar.kinds[int(state_B[0])] == "done"
+    events = [TokenEvent(0, told + i, token, Modality(int(modality_V[token]))) for i, token in enumerate(ids)]
+    return events, grammar.kinds[int(state_B[0])] == "done"
 
 
 class SpeechDecoder(Protocol):

@@ -17,7 +17,7 @@ from aromni_jax.inference.grammar import compile_grammar
 from aromni_jax.inference.machine import begin, decode_jitted, extend_jitted
 from aromni_jax.inference.policy import DecodingConfig, Mode, policy_for
 from aromni_jax.inference.sampling import row_keys
-from aromni_jax.inference.streaming import stream_tokens
+from aromni_jax.inference.streaming import made_since, stream_tokens
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.decoder import Decoder
 from aromni_jax.partitioning import unbox
@@ -326,6 +326,30 @@ def test_what_fails_or_is_left_does_no_harm(model, grammar):
     assert texts == ["one", "two", "three", "four"]
     assert conversation.messages[3].parts == conversation.messages[5].parts == ()
     assert len(encoded(conversation)) == conversation.occupancy_tokens and conversation.last_turn.number == 3
+
+
+def test_an_interrupted_wait_loses_nothing(model, grammar, monkeypatch):
+    """Ctrl-C comes while the device works: what it made is in the cache, and so in the history."""
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return made_since(*args)
+
+    monkeypatch.setattr(conversations, "made_since", interrupted)
+    for number, parts in enumerate(itertools.islice(questions(6), 8)):
+        calls.clear()
+        conversation = started(model, grammar, seed=number)
+        told = []
+        try:
+            for run in conversation.ask(parts, first_run=3):
+                told += run
+        except KeyboardInterrupt:
+            assert conversation.last_turn.tokens_made > len(told)
+        assert len(encoded(conversation)) == conversation.occupancy_tokens
+        check(say(conversation, parts), Task.CHAT, VOCAB, POLICY)
 
 
 def test_impossible_sizes_are_named(model, grammar):
