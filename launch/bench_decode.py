@@ -4,8 +4,7 @@ Both sides answer the same prompt with the same weights on the same cores, or th
 their own: an export (`--model`), or random weights of `--config`. `text` is what both can do; `speech` (ours) reads the
 speech rows of the output head alone. The limit is the slower of two floors measured in the same run: the bytes of the
 weights that a token needs, cache and activations left out, over the rate at which memory is read, and their products
-over the rate of matrix products. With `--model`, `stream` is how `generate --stream` would speak,
-and `dialogue` holds a conversation of 200 turns and compares the last 50 with the first 50.
+over the rate of matrix products. With `--model`, `stream` is how `generate --stream` would speak.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ from launch.flags import load_config
 DEFAULT_CONFIG = "configs/pretrain.py:100m"
 PEER_NAME = "transformers.ChameleonForConditionalGeneration.generate, greedy, its cache"
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 128
-_ALONE = dict.fromkeys(("limit", "peer", "ratio_to_limit", "ratio_to_peer", "peer_name"))
-"""Of what has neither a limit nor a peer."""
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -105,9 +102,6 @@ def _measured(sides: dict[str, Process], described: dict[str, Any], repeats: int
     if described["streams"]:
         ask(sides["ours"], "stream")
         results["stream"] = _median_record([ask(sides["ours"], "stream") for _ in range(repeats)])
-    if described["converses"]:
-        record = ask(sides["ours"], "dialogue")
-        results["dialogue"] = _ALONE | {"ours": record["turn_seconds_last"], "unit": "seconds a turn"} | record
     return results
 
 
@@ -121,8 +115,9 @@ def _median_record(records: list[dict[str, Any]]) -> dict[str, Any]:
     names = [name for name, value in records[0].items() if isinstance(value, (int, float))]
     record = {name: statistics.median(r[name] for r in records) for name in names}
     total = sum(r["underruns"] for r in records)
+    empty = dict.fromkeys(("limit", "peer", "ratio_to_limit", "ratio_to_peer", "peer_name"))
     return (
-        _ALONE
+        empty
         | {"ours": record["rtf"], "unit": "seconds of computing per second of sound"}
         | record
         | {"underruns": total}
@@ -135,14 +130,6 @@ def _describe(name: str, result: dict[str, Any]) -> str:
             f"stream: first token after {1e3 * result['first_token_seconds']:.0f} ms, first sound after "
             f"{1e3 * result['ttfa_seconds']:.0f} ms, real-time factor {result['rtf']:.3f}, "
             f"{result['underruns']} underruns in {result['repeats']} answers of {result['audio_seconds']:.1f} s"
-        )
-    if name == "dialogue":
-        return (
-            f"dialogue: {1e3 * result['turn_seconds_last']:.1f} ms a turn at the end of {result['turns']}, "
-            f"{1e3 * result['turn_seconds_first']:.1f} at its beginning: ratio {result['ratio_last_to_first']:.2f}; at "
-            f"most {result['occupancy_tokens_most']} of {result['budget_tokens']} tokens, {result['evicted_turns']} "
-            f"turns evicted, {result['device_bytes'] / 1e6:,.1f} MB on the device, "
-            f"{result['device_bytes_growth']} bytes more at most"
         )
     line = (
         f"{name}: {result['ours']:.1f} tokens/s, {result['ratio_to_limit']:.0%} of {result['limit']:.1f} (bound by "

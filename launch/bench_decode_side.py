@@ -2,7 +2,7 @@
 
 `describe` (ours) says what is measured, and where no export is given writes one of random weights for the peer; `text`
 and `speech` answer {tokens, seconds, first_token_seconds}, the first token apart from the others; `stream` a latency
-record, `dialogue` what many turns took; `peak` and `bandwidth` are FLOP/s of matrix products and bytes/s of reading.
+record; `peak` and `bandwidth` are FLOP/s of matrix products and bytes/s of reading.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from launch.bench_decode import ANSWER_TOKENS, PROMPT_TOKENS
-from launch.bench_dialogue import hold_dialogue
 from launch.bench_sides import answer_questions
 from launch.host_memory import keep_freed_memory_on_cpu
 
@@ -73,8 +72,7 @@ def _ours(directory: Path) -> Callable[[str], Any]:
     from aromni_jax.models.config import ModelConfig, num_parameters
     from aromni_jax.structs import Example, Task
 
-    model, loaded = _load(directory)
-    bundle: Any = loaded.bundle if loaded else None
+    model, bundle = _load(directory)
     config, vocab, machine = model.config, model.vocab, model.machine
     tasks = {"text": Task.TEXT} | ({"speech": Task.TEXT_TO_SPEECH} if vocab.speech else {})
     grammar = compile_grammar(vocab, {task: policy_for(task, DecodingConfig(text=GREEDY)) for task in tasks.values()})
@@ -143,7 +141,6 @@ def _ours(directory: Path) -> Callable[[str], Any]:
                 "bytes": {name: count * itemsize for name, count in read.items()},
                 "flops": {name: 2 * count for name, count in read.items()},
                 "streams": bool(bundle and bundle.speech),
-                "converses": bool(loaded and Task.CHAT in loaded.templates.tasks),
             }
         if question == "peak":
             x = jnp.ones((2048, 2048), config.dtype)
@@ -151,20 +148,18 @@ def _ours(directory: Path) -> Callable[[str], Any]:
         if question == "bandwidth":
             x = jnp.ones(_READ_BYTES // 4, jnp.float32)
             return _READ_BYTES / timed(lambda: total(x))
-        if question == "dialogue":
-            return hold_dialogue(loaded)
         return stream() if question == "stream" else run(question)
 
     return answer
 
 
 def _load(directory: Path) -> tuple[Any, Any]:
-    """(model, `LoadedModel`) of an export; or (random weights, None) of `model.txt`'s shape, exported for the peer."""
+    """(model, tokenizers) of an export; or, of the shape in `model.txt`, random weights, exported for the peer."""
     if not (directory / "model.txt").is_file():
         from launch.loading import load_model
 
         loaded = load_model(directory)
-        return loaded.model, loaded
+        return loaded.model, loaded.bundle
     import jax
 
     from aromni_jax.inference.decode import OmniModel

@@ -1,15 +1,18 @@
-"""The `dialogue` of `aromni bench decode --model=DIR`: one conversation of many turns, and whether they stay alike."""
+"""`aromni bench dialogue --model=DIR`: one conversation of 200 turns, and whether its turns stay alike."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import os
+import statistics
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch.generate_dialogue import DEFAULT_BUDGET
+from launch.bench_sides import available_cores, versions
 
 if TYPE_CHECKING:
     from aromni_jax.structs import Part
@@ -19,6 +22,54 @@ NUM_TURNS, COMPARED_TURNS, ANSWER_TOKENS = 200, 50, 16
 _QUESTION_PIECES, _QUESTION_FRAMES = 12, 40
 _SETTLED = 10
 """Turns after which memory may not grow."""
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Holds `--repeats` dialogues after one that does not count; returns medians, with the keys of `aromni bench`.
+
+    Raises:
+      ValueError: no `--model`, or one that is no export.
+    """
+    if not args.model:
+        raise ValueError("bench dialogue asks a trained model: name an export with --model")
+    if args.num_cores:
+        os.sched_setaffinity(0, available_cores(args.num_cores))
+    from launch.host_memory import keep_freed_memory_on_cpu
+    from launch.loading import load_model
+
+    keep_freed_memory_on_cpu()
+    loaded = load_model(args.model)
+    hold_dialogue(loaded)  # the process's own first work
+    records = [hold_dialogue(loaded) for _ in range(args.repeats)]
+    result: dict[str, Any] = dict.fromkeys(("limit", "peer", "ratio_to_limit", "ratio_to_peer", "peer_name"))
+    result |= {name: statistics.median(record[name] for record in records) for name in records[0]}
+    config, cores = loaded.model.config, len(os.sched_getaffinity(0))
+    result |= {
+        "ours": result["turn_seconds_last"],
+        "unit": "seconds a turn",
+        "shape": f"{config.num_layers} layers of {config.d_model}, {config.vocab_size} rows, {config.dtype}",
+        "device": f"{_device()}, {cores} of {os.cpu_count()} cores; {versions('jax')}",
+        "repeats": args.repeats,
+    }
+    print(f"{result['device']}\n{result['shape']}\n{describe(result)}")
+    return {"dialogue": result}
+
+
+def _device() -> str:
+    import jax
+
+    return jax.devices()[0].device_kind
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The record of a dialogue in a line."""
+    return (
+        f"dialogue: {1e3 * result['turn_seconds_last']:.1f} ms a turn at the end of {result['turns']}, "
+        f"{1e3 * result['turn_seconds_first']:.1f} at its beginning: ratio {result['ratio_last_to_first']:.2f}; at "
+        f"most {result['occupancy_tokens_most']} of {result['budget_tokens']} tokens, {result['evicted_turns']} turns "
+        f"evicted; {result['device_bytes'] / 1e6:,.1f} MB on the device, {result['device_bytes_growth']} bytes more "
+        "at most"
+    )
 
 
 def hold_dialogue(loaded: LoadedModel) -> dict[str, Any]:
@@ -32,6 +83,7 @@ def hold_dialogue(loaded: LoadedModel) -> dict[str, Any]:
     from aromni_jax.inference.grammar import compile_grammar
     from aromni_jax.inference.policy import Policy
     from aromni_jax.structs import Task
+    from launch.generate_dialogue import DEFAULT_BUDGET
 
     model = loaded.model
     policy = Policy(start=("text",), after={"text": ("end",)}, text_budget=ANSWER_TOKENS - 1)

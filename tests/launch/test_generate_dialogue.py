@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from PIL import Image as PilImage
 
-from launch import bench_decode, bench_dialogue, generate, loading
+from launch import cli, generate, loading
 from tests.inference.test_conversation import TEMPLATES, TEXT, VOCAB, model  # noqa: F401  (fixture)
 
 
@@ -107,12 +107,15 @@ def test_a_turn_that_does_not_fit_is_named_before_anything_is_answered(tmp_path,
         run(tmp_path, [{"task": "question", "text": "who?", "conversation": "x"}])
 
 
-def test_the_benchmark_holds_a_dialogue(loaded):
-    made_for = dataclasses.replace(loaded.model, max_positions=160)
-    result = bench_dialogue.hold_dialogue(dataclasses.replace(loaded, model=made_for))
+def test_the_benchmark_holds_a_dialogue(loaded, monkeypatch, tmp_path, capsys):
+    made_for = dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, max_positions=160))
+    monkeypatch.setattr(loading, "load_model", lambda directory: made_for)
+    assert cli.run("bench", ["dialogue", "--model=m", "--repeats=1", f"--json={tmp_path / 'bench.json'}"]) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())["dialogue"]
     assert result["turns"] == 200 and result["occupancy_tokens_most"] <= result["budget_tokens"] == 160
     assert result["evicted_turns"] > 100
     assert result["ratio_last_to_first"] == result["turn_seconds_last"] / result["turn_seconds_first"] > 0
     assert 0 <= result["device_bytes_growth"] < 1000 < result["device_bytes"]
-    line = bench_decode._describe("dialogue", result)
-    assert "at the end of 200" in line and "bytes more at most" in line
+    assert "turns evicted" in capsys.readouterr().out
+    assert cli.run("bench", ["dialogue"]) == 1
+    assert "--model" in capsys.readouterr().err
