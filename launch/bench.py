@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launch import bench_data, bench_decode, bench_tokenizer, bench_train
+from launch import bench_data, bench_decode, bench_dialogue, bench_tokenizer, bench_train
 from launch.flags import add_config_argument
 from launch.model_flags import WEIGHTS
 
@@ -25,6 +25,7 @@ _SUBJECTS = {
     "tokenizer": bench_tokenizer.measure,
     "data": bench_data.measure,
     "checkpoint": _measure_checkpoints,
+    "dialogue": bench_dialogue.measure,
 }
 _CONFIGS = {"train": bench_train.DEFAULT_CONFIG, "decode": bench_decode.DEFAULT_CONFIG}
 """Subject -> the config it measures where `--config` says nothing; the others have none."""
@@ -32,7 +33,7 @@ _CONFIGS = {"train": bench_train.DEFAULT_CONFIG, "decode": bench_decode.DEFAULT_
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags of `aromni bench`."""
-    parser.add_argument("what", choices=tuple(_SUBJECTS))
+    parser.add_argument("what", choices=tuple(_SUBJECTS), help="the subject; dialogue needs --model, an export")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each side; the median counts")
     parser.add_argument(
         "--num_cores", type=int, metavar="N", help="for each side, with as many threads (default: all; tokenizer: 1)"

@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", metavar="FILE", help="a picture for it to see")
     parser.add_argument("--speech", metavar="FILE", help="a sound file for it to hear")
     parser.add_argument(
-        "--input", metavar="FILE.jsonl", help='many requests: {"task", "text", "image", "speech"} a line'
+        "--input",
+        metavar="FILE.jsonl",
+        help='many requests: {"task", "text", "image", "speech"} a line; chats that share a "conversation" are the '
+        "turns of one dialogue, in the order of the file",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where PNG, WAV, text and result.json go")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is sampled (default: 0)")
@@ -48,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="S",
         help="by the pictures of a prompt, beside --guidance by its words (default: the config's, or --guidance)",
+    )
+    parser.add_argument(
+        "--budget", type=int, metavar="N", help="tokens that a dialogue remembers (default: the model's positions)"
     )
     add_config_argument(parser, "configs/decode.py")
     parser.add_argument(
@@ -88,11 +94,15 @@ def main(args: argparse.Namespace) -> int:
     lines = [_unanswered(r, asked.errors.get(i, "interrupted before it was answered")) for i, r in enumerate(requests)]
     try:
         clock = time.perf_counter()
-        for index, parts, latency in _answers(loaded, asked, args, [_stem(i, r) for i, r in enumerate(requests)]):
+        for index, parts, told in _answers(loaded, asked, args, [_stem(i, r) for i, r in enumerate(requests)]):
             seconds["generate"] += time.perf_counter() - clock
-            lines[index] = _answered(parts, requests[index], output, index, loaded, sound_is_written=args.stream)
-            if latency:
-                lines[index]["latency"] = latency
+            if "error" in told:
+                lines[index] = _unanswered(requests[index], told["error"])
+            else:
+                is_heard = "latency" in told
+                lines[index] = (
+                    _answered(parts, requests[index], output, index, loaded, sound_is_written=is_heard) | told
+                )
             clock = time.perf_counter()
     finally:
         # What was answered is told also when the rest is not wanted any more.
@@ -100,7 +110,7 @@ def main(args: argparse.Namespace) -> int:
             name: getattr(args, name)
             for name in (
                 *("model", "mesh", "weights", "seed", "max_text_tokens", "max_seconds"),
-                *("temperature", "top_p", "guidance", "image_guidance"),
+                *("temperature", "top_p", "guidance", "image_guidance", "budget"),
             )
         }
         settings["decoding"] = dataclasses.asdict(decoding)
@@ -122,11 +132,14 @@ def main(args: argparse.Namespace) -> int:
 class Asked:
     """Requests ready for the model: the automaton of their tasks, their prompts, and most tokens of each task.
 
-    `prompts` and `errors` are keyed by a request's place among all of them: it is in the one or in the other.
+    `prompts`, `turns` (questions of dialogues) and `errors` are keyed by a request's place among all: each is in one of
+    them. `dialogues` names the dialogue of every turn.
     """
 
     grammar: Grammar
     prompts: dict[int, Example]
+    turns: dict[int, Message]
+    dialogues: dict[int, str]
     limits: dict[Task, int]
     errors: dict[int, str]
 
@@ -171,6 +184,8 @@ def ask(
     if bundle.speech:
         speech_tokens = round(args.max_seconds * bundle.speech.codes_per_second) * len(vocab.speech)
     prompts: dict[int, Example] = {}
+    turns: dict[int, Message] = {}
+    dialogues: dict[int, str] = {}
     errors: dict[int, str] = {}
     for index, request in enumerate(requests):
         try:
@@ -179,12 +194,15 @@ def ask(
             task = Task.from_name(request.task)
             check_codes(vocab, request.task, policy_for(task, decoding))
             question = _question(request, loaded)
+            if request.conversation is not None:
+                turns[index], dialogues[index] = question, request.conversation
+                continue
             key = request.task if len(requests) == 1 else f"{index} ({request.task})"
             prompts[index] = joint.prompt([question], task, vocab, bundle.text, loaded.templates, key=key)
         except BAD_INPUT as error:
             errors[index] = str(error)
-    _check_any(prompts, errors)
-    tasks = sorted({prompt.task for prompt in prompts.values()})
+    _check_any({**prompts, **turns}, errors)
+    tasks = sorted({prompt.task for prompt in prompts.values()} | ({Task.CHAT} if turns else set()))
     grammar = compile_grammar(vocab, {task: policy_for(task, decoding) for task in tasks})
     limits = {task: _limit(task, args.max_text_tokens, speech_tokens, vocab.tokens_per_image) for task in tasks}
     for index, prompt in list(prompts.items()):
@@ -193,13 +211,13 @@ def ask(
         except ValueError as error:
             errors[index] = str(error)
             del prompts[index]
-    _check_any(prompts, errors)
-    return Asked(grammar, prompts, limits, errors)
+    _check_any({**prompts, **turns}, errors)
+    return Asked(grammar, prompts, turns, dialogues, limits, errors)
 
 
-def _check_any(prompts: dict[int, Example], errors: dict[int, str]) -> None:
+def _check_any(left: dict[int, Any], errors: dict[int, str]) -> None:
     """ValueError with what is wrong with the first request where none is left."""
-    if not prompts:
+    if not left:
         first = errors[min(errors)]
         raise ValueError(
             first if len(errors) == 1 else f"none of {len(errors)} requests can be answered; the first: {first}"
@@ -207,12 +225,18 @@ def _check_any(prompts: dict[int, Example], errors: dict[int, str]) -> None:
 
 
 def _answers(loaded: LoadedModel, asked: Asked, args: argparse.Namespace, stems: list[str]) -> Iterator[Answer]:
-    """What the model answers, media as codes: one request after the other as a stream, or all together."""
+    """What the model answers, media as codes: all together, or one after the other as a stream; then the dialogues."""
+    output = pathlib.Path(args.output)
     if args.stream:
         from launch.generate_stream import stream_answers
 
-        return stream_answers(loaded, asked, stems, pathlib.Path(args.output), args.seed)
-    return answer(loaded, asked, args.seed)
+        yield from stream_answers(loaded, asked, stems, output, args.seed)
+    elif asked.prompts:
+        yield from answer(loaded, asked, args.seed)
+    if asked.turns:
+        from launch.generate_dialogue import answer_dialogues
+
+        yield from answer_dialogues(loaded, asked, stems, output, args.budget, args.seed, is_shown=args.stream)
 
 
 def answer(loaded: LoadedModel, asked: Asked, seed: int) -> Iterator[Answer]:

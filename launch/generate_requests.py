@@ -20,17 +20,18 @@ _NEEDS = {
     "chat": (),
 }
 _MAY_HAVE = {"question": ("text", "image"), "chat": ("text", "image", "speech")}
-_FIELDS = ("task", "text", "image", "speech")
+_FIELDS = ("task", "text", "image", "speech", "conversation")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One thing asked: a task and what goes with it; media as paths."""
+    """One thing asked: a task and what goes with it, media as paths; of a chat also the dialogue it is a turn of."""
 
     task: str
     text: str | None = None
     image: str | None = None
     speech: str | None = None
+    conversation: str | None = None
 
     def check(self, where: str) -> None:
         """ValueError naming `where` when the task is unknown or its inputs are not the ones it takes."""
@@ -48,6 +49,8 @@ class Request:
             )
         if extra:
             raise ValueError(f"{where}: {self.task} does not take {', '.join(extra)}")
+        if self.conversation is not None and self.task != "chat":
+            raise ValueError(f"{where}: only a chat is a turn of a conversation, not {self.task}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,28 +35,30 @@ def stream_answers(
     """
     warm: set[tuple[int, ...]] = set()
     for row, prompt in asked.prompts.items():
-        shape = (bucket_of(len(prompt.tokens_L)), asked.limits[prompt.task], prompt.task)
+        limit = asked.limits[prompt.task]
+        stream = functools.partial(
+            stream_tokens, loaded.model, asked.grammar, prompt, max_new_tokens=limit, seed=seed, row_id=row
+        )
+        shape = (bucket_of(len(prompt.tokens_L)), limit, prompt.task)
         if shape not in warm:
-            _stream(loaded, asked, row, seed, None, most_runs=_RUNS_TO_WARM)
+            take(loaded, itertools.islice(stream(), _RUNS_TO_WARM))
             warm.add(shape)
-        yield row, *_stream(loaded, asked, row, seed, output / f"{stems[row]}.wav")
+        parts, latency = take(loaded, stream(), output / f"{stems[row]}.wav", is_shown=True)
+        yield row, parts, {"latency": latency}
 
 
-def _stream(
-    loaded: LoadedModel, asked: Asked, row: int, seed: int, path: pathlib.Path | None, most_runs: int | None = None
+def take(
+    loaded: LoadedModel, runs: Iterable[list[TokenEvent]], path: pathlib.Path | None = None, *, is_shown: bool = False
 ) -> tuple[tuple[Part, ...], dict[str, Any]]:
-    """One answer, or its first runs; `path` is where its sound goes, if there is any. Without one nothing is shown."""
-    prompt, vocab, codec = asked.prompts[row], loaded.model.vocab, loaded.bundle.speech
+    """Parts and latency record of one answer that comes in `runs`; `path` is where its sound goes, if there is any."""
+    vocab, codec = loaded.model.vocab, loaded.bundle.speech
     speech = SpeechStream(vocab, codec.stream_decoder()) if codec else None
     clock = LatencyClock(vocab, codec.sample_rate_hz if codec else 1)
-    typed = _Typing(loaded) if path else None
+    typed = _Typing(loaded) if is_shown else None
     events: list[TokenEvent] = []
-    runs = stream_tokens(
-        loaded.model, asked.grammar, prompt, max_new_tokens=asked.limits[prompt.task], seed=seed, row_id=row
-    )
     with contextlib.ExitStack() as stack:
         file: soundfile.SoundFile | None = None
-        for run in itertools.islice(runs, most_runs):
+        for run in runs:
             sound = speech.push(run) if speech else np.zeros(0, np.float32)
             clock.heard(run, len(sound))
             events += run

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from aromni_jax.inference.decode import OmniModel, bucket_of, check_request, contexts_of, num_contexts
 from aromni_jax.inference.grammar import Grammar
-from aromni_jax.inference.machine import begin, decode_jitted, extend_jitted
+from aromni_jax.inference.machine import DecodeState, begin, decode_jitted, extend_jitted
 from aromni_jax.inference.sampling import row_keys
 from aromni_jax.structs import Example, Modality, TokenEvent
 from aromni_jax.vocab import JointVocab
@@ -59,16 +60,32 @@ def stream_tokens(
     )
     lengths_R = np.array([len(tokens_L) for tokens_L in contexts], np.int32)
     state = extend_jitted(machine, model.params, state, tokens_RL, lengths_R)
-    modality_V, done_S = model.vocab.modality_V, np.asarray(grammar.tables.done_S)
-    run, told = first_run, 0
-    while True:
+    told = 0
+    for run in run_lengths(first_run, longest_run):
         state = decode_jitted(machine, model.params, grammar.tables, state, run)
-        made = int(state.step_B[0])
-        ids = np.asarray(state.tokens_BT[0, told:made])
-        yield [TokenEvent(0, told + i, int(token), Modality(int(modality_V[token]))) for i, token in enumerate(ids)]
-        if done_S[int(state.grammar.state_B[0])]:
+        events, is_done = made_since(model, grammar, state, told)
+        yield events
+        if is_done:
             return
-        told, run = made, min(2 * run, longest_run)
+        told += len(events)
+
+
+def run_lengths(first_run: int = FIRST_RUN, longest_run: int = LONGEST_RUN) -> Iterator[int]:
+    """Tokens of one run after the other, without end."""
+    run = first_run
+    while True:
+        yield run
+        run = min(2 * run, longest_run)
+
+
+def made_since(model: OmniModel, grammar: Grammar, state: DecodeState, told: int) -> tuple[list[TokenEvent], bool]:
+    """What the one answer of `state` has beyond its first `told` tokens, and whether it is done; waits for it."""
+    # The whole row in one trip: a slice would be a program of its own for every place and length.
+    tokens_BT, step_B, state_B = jax.device_get((state.tokens_BT, state.step_B, state.grammar.state_B))
+    ids = [int(token) for token in tokens_BT[0, told : step_B[0]]]
+    modality_V = model.vocab.modality_V
+    events = [TokenEvent(0, told + i, token, Modality(int(modality_V[token]))) for i, token in enumerate(ids)]
+    return events, grammar.kinds[int(state_B[0])] == "done"
 
 
 class SpeechDecoder(Protocol):

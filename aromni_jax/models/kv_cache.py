@@ -12,6 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from aromni_jax.models.config import ModelConfig
+from aromni_jax.models.rope import Rotation, rotate, rotation
+
+MOVED_TOGETHER = (64, 8, 1)
+"""Slots that `without` moves at a time: most in the first width, what is left in the others."""
 
 
 @jax.tree_util.register_dataclass
@@ -73,3 +77,33 @@ class KVCache:
         """Lengths after reading these tokens."""
         ends_BL = jnp.where(segment_ids_BL == 0, 0, positions_BL + 1)
         return dataclasses.replace(self, lengths_B=jnp.maximum(self.lengths_B, ends_BL.max(axis=1)))
+
+    def without(self, row: int, start: jax.Array, count: jax.Array, theta: float) -> KVCache:
+        """The cache after `count` tokens of one row, from slot `start` on, are gone and the rest has moved up.
+
+            slots, start 1, count 2:  [s a b c d . .]  ->  [s c d . . . .]
+
+        Keys are turned to their new positions (RoPE of base `theta`), which is what they would be had they been
+        written there, to rounding. What kept tokens had read of those that are gone stays in their keys and values.
+        """
+        head_dim = self.keys.shape[-1]
+        turn = rotation(jnp.broadcast_to(-count, (1, 1)), head_dim, theta)
+
+        def move(x_nBSKH: jax.Array, slot: jax.Array, width: int, turn: Rotation | None = None) -> jax.Array:
+            """Fills `width` slots from `slot` on; what it reads lies behind, so that it can be done in place."""
+            layers, _, _, heads, _ = x_nBSKH.shape
+            size = (layers, 1, width, heads, head_dim)
+            x = jax.lax.dynamic_slice(x_nBSKH, (0, row, slot + count, 0, 0), size)
+            return jax.lax.dynamic_update_slice(x_nBSKH, rotate(x, turn) if turn else x, (0, row, slot, 0, 0))
+
+        keys, values, slot = self.keys, self.values, jnp.asarray(start)
+        for width in MOVED_TOGETHER:
+            num_moves = jnp.maximum(self.lengths_B[row] - count - slot, 0) // width
+
+            def body(number: jax.Array, kv: tuple[jax.Array, jax.Array], slot=slot, width=width):
+                to = slot + number * width
+                return move(kv[0], to, width, turn), move(kv[1], to, width)
+
+            keys, values = jax.lax.fori_loop(0, num_moves, body, (keys, values))
+            slot = slot + num_moves * width
+        return KVCache(keys, values, self.lengths_B.at[row].add(-count))

@@ -81,7 +81,7 @@ BAD = (
 )
 ONLY_IN_FILES = (
     ("{", "line {} is not a request with task, text, image, speech"),
-    ("[1]", "line {} is not a request with task, text, image, speech: not an object"),
+    ("[1]", "line {} is not a request with task, text, image, speech, conversation: not an object"),
     ('{"task": "caption", "picture": "good.png"}', "line {} is not a request"),
     ('{"task": "question", "text": 5}', "text must be a string, not 5"),
     ('{"task": "caption"}', "line {}: caption needs --image"),
