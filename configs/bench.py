@@ -1,7 +1,7 @@
 """What `aromni bench train` measures where nothing else is said: a shape that two CPU cores step in seconds.
 
 aromni bench train
-aromni bench train --config=configs/pretrain.py:1b --config.global_batch_size=8      # a GPU
+aromni bench train --config=configs/bench.py:1b      # a GPU of 80 GB or more
 """
 
 from __future__ import annotations
@@ -11,9 +11,20 @@ from ml_collections import ConfigDict
 from configs.common import train_defaults
 
 
-def get_config() -> ConfigDict:
-    """Eight layers 512 wide under the released vocabulary, four rows of 2048, two at a time, float32."""
+def get_config(variant: str = "small") -> ConfigDict:
+    """`small`: eight layers 512 wide under the released vocabulary, four rows of 2048, two at a time, float32.
+
+    `1b`: the size of that name, eight rows of 4096 in bfloat16; results of matrix products stay for the backward pass.
+    """
     config = train_defaults()
+    if variant == "1b":
+        with config.ignore_type():
+            config.model = dict(size="1b", remat="dots")
+        config.global_batch_size = 8
+        config.sequence_length = 4096
+        return config
+    if variant != "small":
+        raise ValueError(f"unknown variant {variant!r}; variants: small, 1b")
     with config.ignore_type():
         config.model = dict(
             num_layers=8,

@@ -44,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="", metavar="DIR", help="train, data: what to read (default: one is made)")
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
     parser.add_argument("--model", default="", metavar="DIR", help="decode: an export (default: random weights)")
+    parser.add_argument(
+        "--rows", type=int, action="append", metavar="N", help="decode: answers at a time (default: 1; repeatable)"
+    )
+    parser.add_argument("--no_peer", action="store_true", help="train, decode: leave out the other side")
     add_config_argument(parser, default="")
 
 

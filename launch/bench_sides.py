@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -31,6 +32,11 @@ def available_cores(wanted: int | None, default: int | None = None) -> list[int]
     if not 1 <= count <= len(available):
         raise ValueError(f"--num_cores must be in 1..{len(available)}, not {count}")
     return available[:count]
+
+
+def has_peer(is_left_out: bool) -> bool:
+    """Whether the side in torch is wanted and installed."""
+    return not is_left_out and all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
 def versions(*libraries: str) -> str:

@@ -18,16 +18,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import os
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from launch.bench_sides import Process, ask, available_cores, started, versions
+from launch.bench_sides import Process, ask, available_cores, has_peer, started, versions
 from launch.flags import load_config
 
 DEFAULT_CONFIG = "configs/bench.py"
@@ -42,14 +42,14 @@ PADDINGS = {"packed": 16, "micro_batch_padding": MICRO_BATCH}
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Prints the table; returns {"dense": result, "packed": result} under the keys of `aromni bench --json`.
 
-    Without torch and transformers the peer's figures are None.
+    Without a peer (`--no_peer`, or no torch and transformers) its figures are None.
 
     Raises:
       ValueError: the config does not suit a run without a vocabulary of its own, or a side stopped.
     """
     config = _config(args)
     cores = available_cores(args.num_cores)
-    has_peer = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    is_beside_peer = has_peer(args.no_peer)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         directory = Path(folder)
         _write_inputs(directory, config, args.data)
@@ -58,14 +58,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         described = ask(ours, "describe")
         print(f"{described['device']}, {len(cores)} of {os.cpu_count()} cores; {described['parameters']:,} parameters")
         sides = {"ours": ours}
-        if has_peer:
+        if is_beside_peer:
             arguments = ["peer", folder, on_cores, described["platform"]]
             sides["peer"] = stack.enter_context(started("launch.bench_train_side", arguments))
-        libraries = versions("jax", *(("torch", "transformers") if has_peer else ()))
+        libraries = versions("jax", *(("torch", "transformers") if is_beside_peer else ()))
         device = f"{described['device']}, {len(cores)} of {os.cpu_count()} cores; {libraries}"
         results = _measured(sides, described, args.repeats)
     for name, result in results.items():
-        result |= {"device": device, "peer_name": PEER_NAME if has_peer else None, "repeats": args.repeats}
+        result |= {"device": device, "peer_name": PEER_NAME if is_beside_peer else None, "repeats": args.repeats}
         print(_describe(name, result), flush=True)
     return results
 
@@ -73,7 +73,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def _config(args: argparse.Namespace) -> Any:
     """The training config, with what both sides can do: a constant rate, and cross-entropy that counts targets once."""
     config = load_config(args)
-    config.data.mixture = "synthetic"
+    with config.ignore_type():  # Where the config names data sets.
+        config.data.mixture = "synthetic"
     config.loss.update(weighting="uniform", perceptual_weight=0.0, z_loss_weight=0.0)
     config.optimizer.update(name="adamw", schedule="constant", warmup_steps=0, learning_rate=1e-4)
     return config
@@ -124,11 +125,16 @@ def _measured(sides: dict[str, Process], described: dict[str, Any], repeats: int
     steps = [(name, "ours") for name in _BATCHES]
     if "peer" in sides:
         steps = [("dense", "ours"), ("dense", "peer"), ("packed", "ours"), *((name, "peer") for name in PADDINGS)]
-    first_losses = {(name, side): [ask(sides[side], name)["loss"] for _ in range(2)] for name, side in steps}
+    first_losses = {}
+    for name, side in steps:
+        # torch.compile works minutes on the first rows of a new shape.
+        print(f"first steps: {name}, {side}", file=sys.stderr, flush=True)
+        first_losses[name, side] = [ask(sides[side], name)["loss"] for _ in range(2)]
     seconds: dict[tuple[str, str], list[float]] = {step: [] for step in steps}
     positions: dict[tuple[str, str], int] = {}
     peaks = []
-    for _ in range(repeats):
+    for number in range(repeats):
+        print(f"round {number + 1} of {repeats}", file=sys.stderr, flush=True)
         for name, side in steps:
             answer = ask(sides[side], name)
             seconds[name, side].append(answer["seconds"])

@@ -87,11 +87,17 @@ class Trainer:
         self._num_steps += 1
         return float(metrics["loss"])
 
-    def products(self, width: int, count: int) -> None:
+    def squares(self, width: int) -> tuple[jax.Array, jax.Array]:
+        """Two square matrices of random numbers, whose product is as large as the first."""
+        keys = jax.random.split(jax.random.key(0))
+        x, w = (jax.random.normal(key, (width, width), self._model.dtype) for key in keys)
+        return x, w * width**-0.5
+
+    def products(self, squares: tuple[jax.Array, jax.Array], count: int) -> None:
         """`count` products of square matrices, one after the other."""
-        x = jnp.ones((width, width), self._model.dtype)
+        x, w = squares
         for _ in range(count):
-            x = _product(x)
+            x = _product(x, w)
         x.block_until_ready()
 
     def parts(self) -> dict[str, dict[str, float]]:
@@ -152,5 +158,5 @@ class Trainer:
 
 
 @jax.jit
-def _product(x: jax.Array) -> jax.Array:
-    return x @ x * (1.0 / x.shape[0])
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    return x @ w

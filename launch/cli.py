@@ -10,6 +10,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from launch.flags import BAD_INPUT
+
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("launch.quickstart", "the main job on the embedded corpus, from raw data to a report"),
     "tokenizer": ("launch.tokenizer", "train and try text, image and speech tokenizers"),
@@ -58,10 +60,15 @@ def run(command: str, argv: Sequence[str]) -> int:
     args.config_overrides = overrides
     try:
         return module.main(args)
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except BAD_INPUT as error:
         if os.environ.get("AROMNI_TRACEBACK"):
             raise
         print(f"aromni {command}: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Whoever read the output has gone, and Python would trip over it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"aromni {command}: stopped: nobody reads the output any more", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"aromni {command}: interrupted", file=sys.stderr)

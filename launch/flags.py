@@ -10,6 +10,9 @@ import importlib.util
 import pathlib
 from typing import Any
 
+BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+"""What the user can mend: answered with one line, not with a traceback."""
+
 
 def add_config_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Adds `--config`; overrides of single keys are taken by `launch.cli` from what the parser does not know."""

@@ -10,25 +10,20 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from launch.flags import add_config_argument, load_config
+from launch.flags import BAD_INPUT, add_config_argument, load_config
+from launch.generate_requests import TASKS, Refused, Request, read_requests
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from aromni_jax.inference.grammar import Grammar
     from aromni_jax.inference.policy import DecodingConfig, Mode
     from aromni_jax.structs import Example, Message, Part, Task
+    from launch.generate_dialogue import Turn
     from launch.loading import LoadedModel
 
-TASKS = ("text-to-image", "text-to-speech", "speech-to-text", "caption", "speech-to-image", "question", "chat")
-_NEEDS = {
-    "text-to-image": ("text",),
-    "text-to-speech": ("text",),
-    "speech-to-text": ("speech",),
-    "caption": ("image",),
-    "speech-to-image": ("speech",),
-    "question": ("text",),
-    "chat": (),
-}
-_MAY_HAVE = {"question": ("text", "image"), "chat": ("text", "image", "speech")}
+    Answer = tuple[int, tuple[Part, ...], dict[str, Any]]
+    """The place of a request, the parts of its answer, and what else `result.json` says of it (its latency, say)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float, metavar="P", help="of pictures and chat (default: the config's)")
     parser.add_argument("--guidance", type=float, metavar="S", help="of pictures, 1 for none (default: the config's)")
     parser.add_argument(
+        "--image_guidance",
+        type=float,
+        metavar="S",
+        help="by the pictures of a prompt, beside --guidance by its words (default: the config's, or --guidance)",
+    )
+    parser.add_argument(
         "--budget", type=int, metavar="N", help="tokens that a dialogue remembers (default: the model's positions)"
     )
     add_config_argument(parser, "configs/decode.py")
@@ -67,77 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", default="", metavar="NAME", help="prompt templates, where the model names none")
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One thing asked: a task and what goes with it, media as paths; of a chat also the dialogue it is a turn of."""
-
-    task: str
-    text: str | None = None
-    image: str | None = None
-    speech: str | None = None
-    conversation: str | None = None
-
-    def check(self, where: str) -> None:
-        """ValueError naming `where` when the task is unknown or its inputs are not the ones it takes."""
-        import difflib
-
-        if self.task not in TASKS:
-            near = difflib.get_close_matches(self.task, TASKS, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"tasks: {', '.join(TASKS)}"
-            raise ValueError(f"{where}: unknown task {self.task!r}; {hint}")
-        given = [kind for kind in ("text", "image", "speech") if getattr(self, kind) is not None]
-        needed, allowed = _NEEDS[self.task], _MAY_HAVE.get(self.task, _NEEDS[self.task])
-        missing = [f"--{kind}" for kind in needed if kind not in given]
-        extra = [f"--{kind}" for kind in given if kind not in allowed]
-        if missing or not given:
-            raise ValueError(
-                f"{where}: {self.task} needs {', '.join(missing) or 'something to answer to, such as --text'}"
-            )
-        if extra:
-            raise ValueError(f"{where}: {self.task} does not take {', '.join(extra)}")
-        if self.conversation is not None and self.task != "chat":
-            raise ValueError(f"{where}: only a chat is a turn of a conversation, not {self.task}")
-
-
-def read_requests(args: argparse.Namespace) -> list[Request]:
-    """The requests of the command line, or of the lines of `--input`.
+def main(args: argparse.Namespace) -> int:
+    """Answers every request and writes the answers; one that cannot be answered loses no other.
 
     Raises:
-      ValueError: both or neither are given, or a line is not a request.
+      ValueError: a bad command line or model, or not one request that can be answered, before anything is written; or
+        requests without an answer, after all others have theirs.
     """
-    if not args.input:
-        if not args.task:
-            raise ValueError(f"give a task ({', '.join(TASKS)}) or --input=FILE.jsonl")
-        requests = [Request(args.task, args.text, args.image, args.speech)]
-        requests[0].check("command line")
-        return requests
-    if args.text or args.image or args.speech:
-        raise ValueError("give --text, --image and --speech in the lines of --input, not beside it")
-    path = pathlib.Path(args.input)
-    requests = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            fields = {"task": args.task, **json.loads(line)}
-            request = Request(**fields)
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{where} is not a request with task, text, image, speech or conversation: {error}"
-            ) from error
-        # Media are named relative to the file that names them.
-        media = {k: str(path.parent / v) for k in ("image", "speech") if (v := getattr(request, k)) is not None}
-        request = dataclasses.replace(request, **media)
-        request.check(where)
-        requests.append(request)
-    if not requests:
-        raise ValueError(f"{path} holds no requests")
-    return requests
-
-
-def main(args: argparse.Namespace) -> int:
-    """Answers every request and writes the answers."""
     if args.describe:
         from launch.generate_describe import describe_machine
 
@@ -145,53 +82,58 @@ def main(args: argparse.Namespace) -> int:
     requests = read_requests(args)
     from launch.loading import load_model
 
-    started = time.perf_counter()
+    clock = time.perf_counter()
     loaded = load_model(args.model, template=args.template)
-    loaded_at = time.perf_counter()
+    seconds = {"load": time.perf_counter() - clock, "generate": 0.0}
+    decoding = read_decoding(args)
+    asked = ask(loaded, requests, args, decoding)
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    decoding = read_decoding(args)
-    single = [i for i, request in enumerate(requests) if request.conversation is None]
-    turns = [i for i, request in enumerate(requests) if request.conversation is not None]
-    answered: dict[int, tuple[tuple[Part, ...], dict[str, Any]]] = {}
-    if single:
-        asked = ask(loaded, [requests[i] for i in single], args, decoding)
-        if args.stream:
-            from launch.generate_stream import stream_answers
-
-            stems = [_stem(i, requests[i]) for i in single]
-            streamed = zip(*stream_answers(loaded, asked, stems, output, args.seed), strict=True)
-            answered |= zip(single, ((parts, {"latency": latency}) for parts, latency in streamed), strict=True)
-        else:
-            answers = answer(loaded, asked, args.seed)
-            answered |= zip(single, ((parts, {}) for parts in answers), strict=True)
-    if turns:
-        answered |= _answer_dialogues(loaded, requests, turns, args, decoding, output)
-    seconds = {"load": loaded_at - started, "generate": time.perf_counter() - loaded_at}
-    lines = []
-    for i, request in enumerate(requests):
-        parts, told = answered[i]
-        is_heard = args.stream or request.conversation is not None
-        lines.append(_write(parts, request, output, i, loaded, sound_is_written=is_heard) | told)
-    settings = {
-        name: getattr(args, name)
-        for name in ("model", "seed", "max_text_tokens", "max_seconds", "temperature", "top_p", "guidance", "budget")
-    }
-    settings["decoding"] = dataclasses.asdict(decoding)
-    result = {"settings": settings, "step": loaded.step, "seconds": seconds, "answers": lines}
-    (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    lines = [_unanswered(r, asked.errors.get(i, "interrupted before it was answered")) for i, r in enumerate(requests)]
+    try:
+        clock = time.perf_counter()
+        for index, parts, told in _answers(loaded, asked, args, [_stem(i, r) for i, r in enumerate(requests)]):
+            seconds["generate"] += time.perf_counter() - clock
+            is_written = args.stream or index in asked.turns
+            lines[index] = _answered(parts, requests[index], output, index, loaded, sound_is_written=is_written) | told
+            clock = time.perf_counter()
+    finally:
+        # What was answered is told also when the rest is not wanted any more.
+        settings = {
+            name: getattr(args, name)
+            for name in (
+                *("model", "seed", "max_text_tokens", "max_seconds"),
+                *("temperature", "top_p", "guidance", "image_guidance", "budget"),
+            )
+        }
+        settings["decoding"] = dataclasses.asdict(decoding)
+        result = {"settings": settings, "step": loaded.step, "seconds": seconds, "answers": lines}
+        (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for line in lines:
-        print(f"{line['task']}: {'; '.join(line['text'] + line['files'])}")
+        if "error" not in line:
+            print(f"{line['task']}: {'; '.join(line['text'] + line['files'])}")
+    errors = [line["error"] for line in lines if "error" in line]
+    if errors:
+        raise ValueError(
+            f"{len(errors)} of {len(lines)} requests were not answered; {output / 'result.json'} says why of each, the "
+            f"first: {errors[0]}"
+        )
     return 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Asked:
-    """Requests ready for the model: the automaton of their tasks, their prompts, and most tokens of each task."""
+    """Requests ready for the model: the automaton of their tasks, their prompts, and most tokens of each task.
+
+    `prompts`, `turns` and `errors` are keyed by a request's place among all of them: it is in one of them. Turns of
+    dialogues wait for what is said before them.
+    """
 
     grammar: Grammar
-    prompts: list[Example]
+    prompts: dict[int, Example]
+    turns: dict[int, Turn]
     limits: dict[Task, int]
+    errors: dict[int, str]
 
 
 def read_decoding(args: argparse.Namespace) -> DecodingConfig:
@@ -204,35 +146,92 @@ def read_decoding(args: argparse.Namespace) -> DecodingConfig:
         return dataclasses.replace(mode, **given)
 
     config = from_mapping(DecodingConfig, load_config(args))
+    image = config.image
+    if args.guidance is not None:
+        # One number is for all that is asked: the config's other one belongs to the config's first.
+        image = dataclasses.replace(image, image_guidance=None)
     return dataclasses.replace(
         config,
-        image=adjusted(config.image, "temperature", "top_p", "guidance"),
+        image=adjusted(image, "temperature", "top_p", "guidance", "image_guidance"),
         text=adjusted(config.text, "temperature", "top_p"),
     )
 
 
-def ask(loaded: LoadedModel, requests: list[Request], args: argparse.Namespace, decoding: DecodingConfig) -> Asked:
-    """Encodes the requests, media included, under the settings of the command line."""
-    from aromni_jax.inference.grammar import compile_grammar
+def ask(
+    loaded: LoadedModel, requests: list[Request | Refused], args: argparse.Namespace, decoding: DecodingConfig
+) -> Asked:
+    """Encodes the requests, media included, under the settings of the command line; what cannot be asked is noted.
+
+    Raises:
+      ValueError: none of them can be asked.
+    """
+    from aromni_jax.inference.decode import check_request
+    from aromni_jax.inference.grammar import check_codes, compile_grammar
     from aromni_jax.inference.policy import policy_for
     from aromni_jax.structs import Task
     from aromni_jax.tokenizers import joint
+    from launch.generate_dialogue import Turn
 
     vocab, bundle = loaded.model.vocab, loaded.bundle
+    speech_tokens = 0
+    if bundle.speech:
+        speech_tokens = round(args.max_seconds * bundle.speech.codes_per_second) * len(vocab.speech)
+    prompts: dict[int, Example] = {}
+    turns: dict[int, Turn] = {}
+    errors: dict[int, str] = {}
+    for index, request in enumerate(requests):
+        try:
+            if isinstance(request, Refused):
+                raise ValueError(request.error)
+            task = Task.from_name(request.task)
+            check_codes(vocab, request.task, policy_for(task, decoding))
+            question = _question(request, loaded)
+            if request.conversation is not None:
+                turns[index] = Turn(request.conversation, question.parts, _stem(index, request))
+                continue
+            key = request.task if len(requests) == 1 else f"{index} ({request.task})"
+            prompts[index] = joint.prompt([question], task, vocab, bundle.text, loaded.templates, key=key)
+        except BAD_INPUT as error:
+            errors[index] = str(error)
+    _check_any(prompts | turns, errors)
+    tasks = sorted({prompt.task for prompt in prompts.values()} | ({Task.CHAT} if turns else set()))
+    grammar = compile_grammar(vocab, {task: policy_for(task, decoding) for task in tasks})
+    limits = {task: _limit(task, args.max_text_tokens, speech_tokens, vocab.tokens_per_image) for task in tasks}
+    for index, prompt in list(prompts.items()):
+        try:
+            check_request(loaded.model, grammar, prompt, limits[prompt.task])
+        except ValueError as error:
+            errors[index] = str(error)
+            del prompts[index]
+    _check_any(prompts | turns, errors)
+    return Asked(grammar, prompts, turns, limits, errors)
 
-    tasks = {request.task: Task.from_name(request.task) for request in requests}
-    policies = {task: policy_for(task, decoding) for task in tasks.values()}
-    limits = {task: _limit(task, args, loaded) for task in policies}
-    prompts = [
-        joint.prompt(
-            [_question(request, loaded)], tasks[request.task], vocab, bundle.text, loaded.templates, key=str(i)
+
+def _check_any(askable: dict[int, Any], errors: dict[int, str]) -> None:
+    """ValueError with what is wrong with the first request where none is left."""
+    if not askable:
+        first = errors[min(errors)]
+        raise ValueError(
+            first if len(errors) == 1 else f"none of {len(errors)} requests can be answered; the first: {first}"
         )
-        for i, request in enumerate(requests)
-    ]
-    return Asked(compile_grammar(vocab, policies), prompts, limits)
 
 
-def answer(loaded: LoadedModel, asked: Asked, seed: int) -> list[tuple[Part, ...]]:
+def _answers(loaded: LoadedModel, asked: Asked, args: argparse.Namespace, stems: list[str]) -> Iterator[Answer]:
+    """What the model answers, media as codes: one request after the other as a stream, or all together; then turns."""
+    output = pathlib.Path(args.output)
+    if args.stream:
+        from launch.generate_stream import stream_answers
+
+        yield from stream_answers(loaded, asked, stems, output, args.seed)
+    elif asked.prompts:
+        yield from answer(loaded, asked, args.seed)
+    if asked.turns:
+        from launch.generate_dialogue import answer_dialogues
+
+        yield from answer_dialogues(loaded, asked, output, budget=args.budget, seed=args.seed, is_shown=args.stream)
+
+
+def answer(loaded: LoadedModel, asked: Asked, seed: int) -> Iterator[Answer]:
     """What the model answers to each request, media as codes; all together, in batches."""
     from aromni_jax.inference.decode import generate
     from aromni_jax.tokenizers import joint
@@ -244,52 +243,29 @@ def answer(loaded: LoadedModel, asked: Asked, seed: int) -> list[tuple[Part, ...
             print(f"\r{done} of {total} answers", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
     made = generate(
-        loaded.model, asked.grammar, asked.prompts, max_new_tokens=asked.limits, seed=seed, progress=progress
+        loaded.model,
+        asked.grammar,
+        list(asked.prompts.values()),
+        max_new_tokens=asked.limits,
+        seed=seed,
+        # A row's randomness is its place in the file, whatever becomes of its neighbours.
+        row_ids=list(asked.prompts),
+        progress=progress,
     )
-    return [joint.parts_of(ids.tolist(), loaded.model.vocab, loaded.bundle.text) for ids in made]
+    for index, ids in zip(asked.prompts, made, strict=True):
+        yield index, joint.parts_of(ids.tolist(), loaded.model.vocab, loaded.bundle.text), {}
 
 
-def _stem(index: int, request: Request) -> str:
+def _stem(index: int, request: Request | Refused) -> str:
     """What the files of an answer are called, without their ending."""
     return f"{index:04d}_{request.task.replace('-', '_')}"
 
 
-def _answer_dialogues(
-    loaded: LoadedModel,
-    requests: list[Request],
-    turns: list[int],
-    args: argparse.Namespace,
-    decoding: DecodingConfig,
-    output: pathlib.Path,
-) -> dict[int, tuple[tuple[Part, ...], dict[str, Any]]]:
-    """The answers to the requests number `turns`, each with what `result.json` says of it."""
-    from aromni_jax.structs import Task
-    from launch.generate_dialogue import Turn, answer_dialogues
-
-    asked = [
-        Turn(str(requests[i].conversation), _question(requests[i], loaded).parts, _stem(i, requests[i])) for i in turns
-    ]
-    answers = answer_dialogues(
-        loaded,
-        asked,
-        decoding,
-        output,
-        budget=args.budget,
-        answer_tokens=_limit(Task.CHAT, args, loaded),
-        seed=args.seed,
-        is_shown=args.stream,
-    )
-    return dict(zip(turns, answers, strict=True))
-
-
-def _limit(task: Task, args: argparse.Namespace, loaded: LoadedModel) -> int:
+def _limit(task: Task, text_tokens: int, speech_tokens: int, image_tokens: int) -> int:
     """Most tokens of an answer: what its parts may take, and their delimiters."""
     from aromni_jax.inference.policy import MEDIA_DELIMITERS
     from aromni_jax.structs import Task
 
-    codec, vocab = loaded.bundle.speech, loaded.model.vocab
-    text_tokens, image_tokens = args.max_text_tokens, vocab.tokens_per_image
-    speech_tokens = round(args.max_seconds * codec.codes_per_second) * len(vocab.speech) if codec else 0
     if task == Task.TEXT_TO_SPEECH:
         return speech_tokens + MEDIA_DELIMITERS  # no more, or it would be longer than asked
     parts = {
@@ -319,16 +295,36 @@ def _question(request: Request, loaded: LoadedModel) -> Message:
     return Message("user", tuple(parts))
 
 
-def _write(
+def _unanswered(request: Request | Refused, error: str) -> dict[str, Any]:
+    """The line of `result.json` of a request without an answer."""
+    asked = request.request if isinstance(request, Refused) else dataclasses.asdict(request)
+    return {"task": request.task, "request": asked, "text": [], "files": [], "error": error}
+
+
+def _answered(
     parts: tuple[Part, ...],
-    request: Request,
+    request: Request | Refused,
     output: pathlib.Path,
     index: int,
     loaded: LoadedModel,
     *,
     sound_is_written: bool,
 ) -> dict[str, Any]:
-    """Writes one answer's files and returns its line of `result.json`."""
+    """Writes one answer's files and returns its line of `result.json`, also where a part of it cannot be written."""
+    assert isinstance(request, Request)
+    line = {"task": request.task, "request": dataclasses.asdict(request), "text": [], "files": []}
+    try:
+        line["text"], line["files"] = _write(parts, output, _stem(index, request), loaded, sound_is_written)
+    except ValueError as error:
+        line["text"] = [part.text for part in parts if hasattr(part, "text")]
+        line["error"] = str(error)
+    return line
+
+
+def _write(
+    parts: tuple[Part, ...], output: pathlib.Path, stem: str, loaded: LoadedModel, sound_is_written: bool
+) -> tuple[list[str], list[str]]:
+    """Writes one answer's files; returns its texts and the names of its pictures and sounds."""
     import soundfile
     from PIL import Image as PilImage
 
@@ -336,7 +332,6 @@ def _write(
 
     files: list[str] = []
     texts = [part.text for part in parts if isinstance(part, Text)]
-    stem = _stem(index, request)
     for part in parts:
         path = output / f"{stem}.png"
         if isinstance(part, Image):
@@ -353,7 +348,7 @@ def _write(
         files.append(path.name)
     if texts:
         (output / f"{stem}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    return {"task": request.task, "request": dataclasses.asdict(request), "text": texts, "files": files}
+    return texts, files
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,25 +18,23 @@ from aromni_jax.structs import Modality, Part, TokenEvent
 from aromni_jax.tokenizers import joint
 
 if TYPE_CHECKING:
-    from launch.generate import Asked
+    from launch.generate import Answer, Asked
     from launch.loading import LoadedModel
 
 _RUNS_TO_WARM = 5
 """Enough for a run of every length, and so for every size of chunk that the codec compiles."""
 
-Answers = tuple[list[tuple[Part, ...]], list[dict[str, Any]]]
-"""(parts, latency record) of every answer."""
 
-
-def stream_answers(loaded: LoadedModel, asked: Asked, stems: list[str], output: pathlib.Path, seed: int) -> Answers:
+def stream_answers(
+    loaded: LoadedModel, asked: Asked, stems: list[str], output: pathlib.Path, seed: int
+) -> Iterator[Answer]:
     """Answers one request after the other, with the tokens that `answer` would give them all together.
 
     Sound is in `STEM.wav` up to the last chunk whenever the command is stopped. Of the first answer of each shape the
     beginning is made once before, unheard, so that no latency counts a compilation.
     """
     warm: set[tuple[int, ...]] = set()
-    parts, records = [], []
-    for row, (prompt, stem) in enumerate(zip(asked.prompts, stems, strict=True)):
+    for row, prompt in asked.prompts.items():
         limit = asked.limits[prompt.task]
         stream = functools.partial(
             stream_tokens, loaded.model, asked.grammar, prompt, max_new_tokens=limit, seed=seed, row_id=row
@@ -45,10 +43,8 @@ def stream_answers(loaded: LoadedModel, asked: Asked, stems: list[str], output: 
         if shape not in warm:
             take(loaded, itertools.islice(stream(), _RUNS_TO_WARM))
             warm.add(shape)
-        answer, record = take(loaded, stream(), output / f"{stem}.wav", is_shown=True)
-        parts.append(answer)
-        records.append(record)
-    return parts, records
+        parts, record = take(loaded, stream(), output / f"{stems[row]}.wav", is_shown=True)
+        yield row, parts, {"latency": record}
 
 
 def take(

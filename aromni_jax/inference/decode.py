@@ -1,32 +1,38 @@
-"""Answers to many prompts: batches of like length, each one call of a program that reads, decodes and cannot err.
+"""Answers to many prompts, with as many rows on the device as fit: when one is done, the next prompt takes its place.
 
-Rows start at slot 0 of the cache and may have different lengths. Rows of different tasks decode together: the tables
-of the grammar are arguments, and every row carries its own state. Shapes come from a few buckets, so a handful of
-programs serves everything.
+Rows start at the beginning of the cache and may have different lengths. Rows of different tasks decode together: the
+tables of the grammar are arguments, and every row carries its own state. Shapes come from a few buckets, and a call of
+any number of prompts needs three programs: one that reads prompts for all rows, one for a few, and one that decodes.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aromni_jax.arrays import IntArray, PyTree
-from aromni_jax.inference.grammar import Grammar, GrammarState, GrammarTables
+from aromni_jax.arrays import PyTree
+from aromni_jax.inference.grammar import Grammar, GrammarState
 from aromni_jax.inference.head import spans_of
-from aromni_jax.inference.machine import Machine, begin, decode, extend
+from aromni_jax.inference.machine import DecodeState, Machine, begin, decode_jitted, extend_jitted
 from aromni_jax.inference.sampling import row_keys
+from aromni_jax.inference.slots import REFILL_TOKENS, refill_jitted
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.unstacked import unstack
 from aromni_jax.structs import Example, Task
+from aromni_jax.tokenizers import joint
 from aromni_jax.vocab import JointVocab
 
 LENGTH_BUCKETS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Prompts and answers are padded to the next of these (and to multiples of the last one)."""
+
+ROWS_PER_REFILL = 8
+"""One row in this many may stand idle before new prompts are read. With s rows and answers of n tokens, reading costs
+about a token of every row (weights are read once more), so that s sqrt(2 / n) idle ones are best: an eighth at 128."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,12 +40,23 @@ class OmniModel:
     """A trained decoder ready to be asked: its shape, its parameters (`models.unstacked`) and their vocabulary.
 
     `max_positions` is the longest sequence it was made for, question and answer together; None where nobody knows.
+
+    Raises:
+      ValueError: a vocabulary of another size than the model's.
     """
 
     config: ModelConfig
     params: PyTree
     vocab: JointVocab
     max_positions: int | None = None
+
+    def __post_init__(self) -> None:
+        # A table answers for ids that it does not have: nothing later would notice.
+        if self.vocab.size != self.config.vocab_size:
+            raise ValueError(
+                f"the vocabulary has {self.vocab.size} rows, the model {self.config.vocab_size}: ids of the one mean "
+                "nothing to the other; use the tokenizers that the model was trained with"
+            )
 
     @classmethod
     def of(cls, config: ModelConfig, stacked: PyTree, vocab: JointVocab, max_positions: int | None = None) -> OmniModel:
@@ -58,16 +75,50 @@ def bucket_of(length: int, buckets: tuple[int, ...] = LENGTH_BUCKETS) -> int:
     return fitting[0] if fitting else -(-length // buckets[-1]) * buckets[-1]
 
 
-def check_request(grammar: Grammar, prompt: Example, max_new_tokens: int) -> None:
-    """ValueError for an empty prompt, or for fewer tokens than the shortest answer of its task has."""
-    if not len(prompt.tokens_L):
+def check_request(model: OmniModel, grammar: Grammar, prompt: Example, max_new_tokens: int) -> int:
+    """The most tokens that an answer to `prompt` may have: `max_new_tokens`, or what is left of the model's positions.
+
+    Raises:
+      ValueError: an empty prompt, ids that the vocabulary does not have, a task that the grammar does not have, or no
+        room for the shortest answer of the task: below `max_new_tokens`, or behind a prompt that is too long.
+    """
+    length = len(prompt.tokens_L)
+    if not length:
         raise ValueError(f"prompt {prompt.key!r} is empty")
-    shortest = grammar.shortest_answers.get(prompt.task, 0)
+    lowest, highest = int(np.min(prompt.tokens_L)), int(np.max(prompt.tokens_L))
+    if lowest < 0 or highest >= model.vocab.size:
+        raise ValueError(
+            f"prompt {prompt.key!r} has the id {lowest if lowest < 0 else highest}, outside 0..{model.vocab.size - 1}; "
+            "it was not encoded with the vocabulary of this model"
+        )
+    grammar.start_of(prompt.task)
+    shortest = grammar.shortest_answers[prompt.task]
     if max_new_tokens < shortest:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} is too few for {prompt.task.command}: "
             f"the shortest answer has {shortest} tokens"
         )
+    if model.max_positions is None:
+        return max_new_tokens
+    longest = model.max_positions - shortest
+    if length > longest:
+        raise ValueError(
+            f"prompt {prompt.key!r} is too long: it has {length} tokens, the model {model.max_positions} positions, of "
+            f"which the shortest answer to {prompt.task.command} takes {shortest}; shorten what is asked (a shorter "
+            f"text or sound, fewer turns) to at most {longest} tokens"
+        )
+    return min(max_new_tokens, model.max_positions - length)
+
+
+def num_contexts(grammar: Grammar, prompt: Example) -> int:
+    """Rows of the cache that an answer to `prompt` takes (`Policy.num_contexts`)."""
+    without, with_picture = grammar.contexts[prompt.task]
+    return with_picture if joint.has_picture(prompt) else without
+
+
+def contexts_of(prompt: Example, vocab: JointVocab, count: int) -> list[np.ndarray]:
+    """What the first `count` rows of an answer read: the prompt, nothing of it, and its pictures alone."""
+    return [prompt.tokens_L, joint.unconditional_prompt(vocab), joint.pictures_prompt(prompt, vocab)][:count]
 
 
 def generate(
@@ -86,127 +137,136 @@ def generate(
     Args:
       grammar: compiled from `model.vocab` for at least the tasks of the prompts.
       prompts: what `joint.prompt` encodes.
-      max_new_tokens: most tokens of an answer, for all tasks or for each one. No answer is cut off there: the grammar
-        closes it in time.
+      max_new_tokens: most tokens of an answer, for all tasks or for each one; no answer is longer than the model has
+        positions left. None is cut off there: the grammar closes it in time.
       row_ids: numbers that, with `seed`, fix each row's randomness (its index by default).
-      batch_size: rows per device call; the last call is padded to it when there is more than one.
-      progress: called with (answers done, answers in all) after each batch.
+      batch_size: most rows on the device at once; a row that is done makes room for the next prompt.
+      progress: called with (answers done, answers in all) as answers become ready.
 
     Returns:
       int32 ids of each answer, from its first token to its end token (eos or end_model) included, in prompt order.
 
     Raises:
-      ValueError: an empty prompt, or fewer tokens allowed than the shortest answer of a task has.
+      ValueError: a request that cannot be answered (`check_request`), before any is.
     """
-    limits = [max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[p.task] for p in prompts]
-    for example, limit in zip(prompts, limits, strict=True):
-        check_request(grammar, example, limit)
+    limits = [
+        check_request(model, grammar, p, max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[p.task])
+        for p in prompts
+    ]
     row_ids = list(range(len(prompts)) if row_ids is None else row_ids)
-    # Rows of like length stand together: a batch costs as much as its longest prompt and its longest answer.
-    order = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i].tokens_L)))
-    rows_per_call = batch_size if len(prompts) > batch_size else bucket_of(len(prompts), (1, 2, 4, 8, 16, batch_size))
-    is_guided = any(example.task in grammar.guided_tasks for example in prompts)
-    # One program for the whole call: compiling another one would cost more than some padding.
-    width = bucket_of(max((len(p.tokens_L) for p in prompts), default=1))
-    max_new = bucket_of(max(limits, default=1))
     answers: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
-    for first in range(0, len(order), rows_per_call):
-        chosen = order[first : first + rows_per_call]
-        tokens_BT, lengths_B = _generate_batch(
-            model,
-            grammar,
-            [prompts[i] for i in chosen],
-            np.array([limits[i] for i in chosen], np.int32),
-            row_keys(seed, [row_ids[i] for i in chosen] + [0] * (rows_per_call - len(chosen))),
-            width,
-            max_new,
-            is_guided,
-        )
-        for row, i in enumerate(chosen):
-            answers[i] = tokens_BT[row, : lengths_B[row]]
+    if not prompts:
+        return answers
+    slots = _Slots(model, grammar, prompts, limits, row_keys(seed, row_ids), batch_size)
+    # The longest answers begin first: what begins last should not keep the others waiting.
+    waiting = collections.deque(sorted(range(len(prompts)), key=lambda i: (-limits[i], -len(prompts[i].tokens_L))))
+    num_done = 0
+    while num_done < len(prompts):
+        slots.fill(waiting)
+        for i, answer in slots.run():
+            answers[i] = answer
+            num_done += 1
         if progress:
-            progress(first + len(chosen), len(order))
+            progress(num_done, len(prompts))
     return answers
 
 
-def _generate_batch(
-    model: OmniModel,
-    grammar: Grammar,
-    prompts: list[Example],
-    limits_B: np.ndarray,
-    keys_B: jax.Array,
-    width: int,
-    max_new_tokens: int,
-    is_guided: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pads one batch to `width` tokens and one row per key, and runs it: tokens [B, T] and each answer's length."""
-    spare = len(keys_B) - len(prompts)
-    prompt_BL = np.full((len(keys_B), width), model.vocab.pad, np.int32)
-    lengths_B = np.ones(len(keys_B), np.int32)
-    for row, example in enumerate(prompts):
-        prompt_BL[row, : len(example.tokens_L)] = example.tokens_L
-        lengths_B[row] = len(example.tokens_L)
-    start = grammar.start([example.task for example in prompts])
-    # Spare rows are born done: they cost their share of the batch and nothing else.
-    done_state = int(np.flatnonzero(np.asarray(grammar.tables.done_S))[0])
-    state = GrammarState(
-        jnp.pad(start.state_B, (0, spare), constant_values=done_state), jnp.pad(start.count_B, (0, spare))
-    )
-    tokens_BT, steps_B = answer(
-        model.machine,
-        model.params,
-        grammar.tables,
-        prompt_BL,
-        lengths_B,
-        state,
-        np.pad(limits_B, (0, spare)),
-        keys_B,
-        bos=model.vocab.bos,
-        max_new_tokens=max_new_tokens,
-        is_guided=is_guided,
-    )
-    return np.asarray(tokens_BT), np.asarray(steps_B)
+class _Slots:
+    """The rows on the device, and which prompt each of them is answering."""
 
+    def __init__(
+        self,
+        model: OmniModel,
+        grammar: Grammar,
+        prompts: Sequence[Example],
+        limits: Sequence[int],
+        keys_N: jax.Array,
+        most: int,
+    ) -> None:
+        self._model, self._machine, self._grammar = model, model.machine, grammar
+        self._prompts, self._limits, self._keys_N = prompts, limits, keys_N
+        self._num = most if len(prompts) > most else bucket_of(len(prompts), (1, 2, 4, 8, 16, most))
+        # Reading prompts stops all rows: to wait for a few costs less than to stop for each.
+        self._few = max(1, self._num // ROWS_PER_REFILL)
+        self._asked: list[int | None] = [None] * self._num
+        self._contexts = max(num_contexts(grammar, prompt) for prompt in prompts)
+        self._width = bucket_of(max(len(prompt.tokens_L) for prompt in prompts))
+        self._room = bucket_of(max(len(p.tokens_L) + limit for p, limit in zip(prompts, limits, strict=True)))
+        self._done_S = np.asarray(grammar.tables.done_S)
+        self._state: DecodeState | None = None
 
-@functools.partial(jax.jit, static_argnames=("machine", "bos", "max_new_tokens", "is_guided"))
-def answer(
-    machine: Machine,
-    params: PyTree,
-    tables: GrammarTables,
-    prompt_BL: IntArray,
-    lengths_B: IntArray,
-    grammar: GrammarState,
-    limits_B: IntArray,
-    keys_B: jax.Array,
-    *,
-    bos: int,
-    max_new_tokens: int,
-    is_guided: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Reads the prompts and decodes until every row is done.
+    def fill(self, waiting: collections.deque[int]) -> None:
+        """Gives the free rows the next prompts, if there are any."""
+        free = [slot for slot, asked in enumerate(self._asked) if asked is None]
+        pairs = [(slot, waiting.popleft()) for slot in free[: len(waiting)]]
+        self._asked = [dict(pairs).get(slot, asked) for slot, asked in enumerate(self._asked)]
+        if len(free) == self._num:
+            self._begin(pairs)
+            return
+        for first in range(0, len(pairs), self._few):
+            group = pairs[first : first + self._few]
+            slots = np.pad([slot for slot, _ in group], (0, self._few - len(group)), constant_values=self._num)
+            self._state = refill_jitted(
+                self._machine,
+                self._model.params,
+                self._state,
+                *self._questions([i for _, i in group], self._few),
+                slots.astype(np.int32),
+            )
 
-    With `is_guided` every row has a twin in the cache whose prompt is the beginning of sequence alone and whose answer
-    is the row's own: what the model would say unasked. It serves states with guidance other than 1.
+    def _begin(self, pairs: list[tuple[int, int]]) -> None:
+        """Reads the first prompts, or the next ones when all rows are free at once, where they are to stay."""
+        self._state = None  # or two caches would be alive
+        grammar, limit_B, keys_B, tokens_RL, lengths_R = self._questions([i for _, i in pairs], self._num)
+        state = begin(
+            self._machine,
+            grammar,
+            limit_B,
+            keys_B,
+            cache_length=self._room,
+            max_new_tokens=bucket_of(max(self._limits)),
+            num_contexts=self._contexts,
+        )
+        self._state = extend_jitted(
+            self._machine, self._model.params, state, tokens_RL, lengths_R, chunk_tokens=REFILL_TOKENS
+        )
 
-    Args:
-      prompt_BL: row b holds `lengths_B[b]` tokens, at least one, then padding.
-      limits_B: most tokens of each answer, at most `max_new_tokens` (the width of the result).
+    def _questions(
+        self, chosen: list[int], count: int
+    ) -> tuple[GrammarState, np.ndarray, jax.Array, np.ndarray, np.ndarray]:
+        """Grammar, limits, keys, tokens and lengths of the chosen prompts and of idle rows, `count` of them together.
 
-    Returns:
-      tokens [B, max_new_tokens] and the number of tokens of each answer, end token included.
-    """
-    cache_length = prompt_BL.shape[1] + max_new_tokens
-    state = begin(
-        machine,
-        grammar,
-        limits_B,
-        keys_B,
-        cache_length=cache_length,
-        max_new_tokens=max_new_tokens,
-        is_guided=is_guided,
-    )
-    if is_guided:
-        prompt_BL = jnp.concatenate([prompt_BL, jnp.full_like(prompt_BL, bos)])
-        lengths_B = jnp.concatenate([lengths_B, jnp.ones_like(lengths_B)])
-    state = decode(machine, params, tables, extend(machine, params, state, prompt_BL, lengths_B), max_new_tokens)
-    return state.tokens_BT, state.step_B
+        A row without a prompt is one that is done: it costs its share of the batch and nothing else.
+        """
+        spare = count - len(chosen)
+        tokens_CGL = np.full((self._contexts, count, self._width), self._model.vocab.bos, np.int32)
+        lengths_CG = np.ones((self._contexts, count), np.int32)
+        for row, i in enumerate(chosen):
+            for context, tokens_L in enumerate(contexts_of(self._prompts[i], self._model.vocab, self._contexts)):
+                tokens_CGL[context, row, : len(tokens_L)] = tokens_L
+                lengths_CG[context, row] = len(tokens_L)
+        idle = int(np.flatnonzero(self._done_S)[0])
+        start = self._grammar.start([self._prompts[i].task for i in chosen])
+        return (
+            GrammarState(jnp.pad(start.state_B, (0, spare), constant_values=idle), jnp.pad(start.count_B, (0, spare))),
+            np.pad(np.array([self._limits[i] for i in chosen], np.int32), (0, spare)),
+            self._keys_N[np.pad(np.array(chosen, np.int32), (0, spare))],
+            tokens_CGL.reshape(-1, self._width),
+            lengths_CG.reshape(-1),
+        )
+
+    def run(self) -> list[tuple[int, np.ndarray]]:
+        """Decodes until a few rows more are done; the prompts that they answer, and the answers."""
+        num_busy = sum(asked is not None for asked in self._asked)
+        enough = self._num - max(num_busy - self._few, 0)
+        assert self._state is not None
+        state = self._state = decode_jitted(
+            self._machine, self._model.params, self._grammar.tables, self._state, self._state.tokens_BT.shape[1], enough
+        )
+        state_B, steps_B, tokens_BT = jax.device_get((state.grammar.state_B, state.step_B, state.tokens_BT))
+        found = []
+        for slot, i in enumerate(self._asked):
+            if i is not None and self._done_S[state_B[slot]]:
+                found.append((i, tokens_BT[slot, : steps_B[slot]].copy()))
+                self._asked[slot] = None
+        return found

@@ -98,7 +98,8 @@ def mode_words(mode: Mode) -> list[str]:
         words += [f"min-p {mode.min_p:g}"] if mode.min_p else []
     if mode.repetition_penalty != 1:
         words.append(f"repetition penalty {mode.repetition_penalty:g} ({mode.repetition_scope})")
-    return [*words, *([f"guidance {mode.guidance:g}"] if mode.guidance != 1 else [])]
+    words += [f"guidance {mode.guidance:g}"] if mode.guidance != 1 else []
+    return words + ([f"of pictures {mode.picture_guidance:g}"] if mode.picture_guidance != mode.guidance else [])
 
 
 def as_table(states: list[StateDescription]) -> str:

@@ -56,6 +56,7 @@ class GrammarTables:
     repetition_penalty_S: FloatArray
     segment_scope_S: BoolArray
     guidance_S: FloatArray
+    image_guidance_S: FloatArray
     span_S: IntArray
 
 
@@ -70,7 +71,8 @@ class GrammarState:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Grammar:
-    """Tables with the names behind their indices; of each task the start state, shortest answer, need of guidance.
+    """Tables with the names behind their indices; of each task the start state, the shortest answer, and what guidance
+    costs without and with a picture in the prompt (`Policy.num_contexts`).
 
     `kinds` says of each state what is being made there: "text" (also wherever the next segment is chosen),
     "transcript", "speech", "image", or "done".
@@ -83,15 +85,18 @@ class Grammar:
     modes: tuple[Mode, ...]
     start_states: Mapping[Task, int]
     shortest_answers: Mapping[Task, int]
-    guided_tasks: frozenset[Task]
+    contexts: Mapping[Task, tuple[int, int]]
+
+    def start_of(self, task: Task) -> int:
+        """The state in which answers to `task` begin; ValueError for a task this grammar was compiled without."""
+        if task not in self.start_states:
+            known = ", ".join(t.command for t in self.start_states)
+            raise ValueError(f"task {task.command} is not in this grammar; it was compiled for {known}")
+        return self.start_states[task]
 
     def start(self, tasks: list[Task]) -> GrammarState:
         """State of rows that begin to answer; ValueError for a task this grammar was compiled without."""
-        for task in tasks:
-            if task not in self.start_states:
-                known = ", ".join(t.command for t in self.start_states)
-                raise ValueError(f"task {task.command} is not in this grammar; it was compiled for {known}")
-        states = np.array([self.start_states[task] for task in tasks], np.int32)
+        states = np.array([self.start_of(task) for task in tasks], np.int32)
         return GrammarState(jnp.asarray(states), jnp.zeros(len(tasks), jnp.int32))
 
 
@@ -115,11 +120,8 @@ class _Builder:
 
     def policy(self, name: str, policy: Policy) -> int:
         """Adds the states of one policy and returns its start state."""
+        check_codes(self.vocab, name, policy)
         used = policy.parts
-        if "image" in used and self.vocab.image is None:
-            raise ValueError(f"{name} makes images, but this vocabulary has no image codes")
-        if "speech" in used and not self.vocab.speech:
-            raise ValueError(f"{name} makes speech, but this vocabulary has no speech codes")
         base = len(self.states)
         num_codebooks = len(self.vocab.speech)
         start = self.state(f"{name}: start", base, "text", policy.text)
@@ -171,6 +173,14 @@ class _Builder:
                 else:
                     self.move(state, opener[option], entry[option])
         return start
+
+
+def check_codes(vocab: JointVocab, name: str, policy: Policy) -> None:
+    """ValueError when answers of `policy` need images or speech that the vocabulary has no codes for."""
+    if "image" in policy.parts and vocab.image is None:
+        raise ValueError(f"{name} makes images, but this vocabulary has no image codes")
+    if "speech" in policy.parts and not vocab.speech:
+        raise ValueError(f"{name} makes speech, but this vocabulary has no speech codes")
 
 
 def compile_grammar(vocab: JointVocab, policies: Mapping[Task, Policy]) -> Grammar:
@@ -225,10 +235,14 @@ def compile_grammar(vocab: JointVocab, policies: Mapping[Task, Policy]) -> Gramm
         repetition_penalty_S=jnp.asarray([mode.repetition_penalty for mode in modes], jnp.float32),
         segment_scope_S=jnp.asarray([mode.repetition_scope == "segment" for mode in modes]),
         guidance_S=jnp.asarray([mode.guidance for mode in modes], jnp.float32),
+        image_guidance_S=jnp.asarray([mode.picture_guidance for mode in modes], jnp.float32),
         span_S=jnp.asarray(_spans(vocab, class_V, legal_SC | legal_at_budget_SC), jnp.int32),
     )
     shortest = {task: int(cost_S[state]) for task, state in starts.items()}
-    guided = frozenset(task for task, policy in policies.items() if policy.is_guided)
+    contexts = {
+        task: (policy.num_contexts(sees_picture=False), policy.num_contexts(sees_picture=True))
+        for task, policy in policies.items()
+    }
     return Grammar(
         tables,
         state_names=tuple(builder.states),
@@ -237,7 +251,7 @@ def compile_grammar(vocab: JointVocab, policies: Mapping[Task, Policy]) -> Gramm
         modes=modes,
         start_states=starts,
         shortest_answers=shortest,
-        guided_tasks=guided,
+        contexts=contexts,
     )
 
 

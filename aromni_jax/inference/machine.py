@@ -29,7 +29,8 @@ PREFILL_TOKENS = 512
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
     """B answers in the making, over a cache of R rows: R = B, or 2 B with guidance, where the second half are twins
-    that read the answers but not the questions.
+    that read the answers but not the questions, or 3 B, where the last third are twins that read of the questions the
+    pictures alone.
 
     `hidden_RD` is what the decoder made of the last token of each cached row, `place_R` where the next one goes;
     `step_B` counts the tokens of each answer, `limit_B` is how many it may have, `tokens_BT` holds them; `seen_BV` is
@@ -64,12 +65,12 @@ def begin(
     *,
     cache_length: int,
     max_new_tokens: int,
-    is_guided: bool,
+    num_contexts: int = 1,
 ) -> DecodeState:
-    """A state that has read nothing: `extend` it with prompts."""
+    """A state that has read nothing, with `num_contexts` cached rows for each answer: `extend` it with prompts."""
     config = machine.config
     num_rows = len(limit_B)
-    num_cached = num_rows * (1 + is_guided)
+    num_cached = num_rows * num_contexts
     return DecodeState(
         caches=make_caches(config, num_cached, cache_length),
         hidden_RD=jnp.zeros((num_cached, config.d_model), jnp.dtype(config.dtype)),
@@ -84,11 +85,20 @@ def begin(
 
 
 def extend(
-    machine: Machine, params: PyTree, state: DecodeState, tokens_RL: IntArray, lengths_R: IntArray
+    machine: Machine,
+    params: PyTree,
+    state: DecodeState,
+    tokens_RL: IntArray,
+    lengths_R: IntArray,
+    *,
+    chunk_tokens: int | None = None,
 ) -> DecodeState:
-    """Reads `lengths_R` tokens into each cached row, behind what it holds; a row of none stays as it is."""
+    """Reads `lengths_R` tokens into each cached row, behind what it holds; a row of none stays as it is.
+
+    Rows are read together, `chunk_tokens` (`PREFILL_TOKENS` without it) at a time, as far as the longest one goes.
+    """
     num_rows, width = tokens_RL.shape
-    chunk = min(width, PREFILL_TOKENS)
+    chunk = min(width, chunk_tokens or PREFILL_TOKENS)
     num_chunks = -(-width // chunk)
     padded_RL = jnp.pad(jnp.asarray(tokens_RL), ((0, 0), (0, num_chunks * chunk - width)))
 
@@ -105,18 +115,28 @@ def extend(
         return jnp.where(((last_R >= 0) & (last_R < chunk))[:, None], found_RD, hidden_RD), caches
 
     start = (state.hidden_RD, state.caches)
-    hidden_RD, caches = body(jnp.int32(0), start) if num_chunks == 1 else jax.lax.fori_loop(0, num_chunks, body, start)
+    if num_chunks == 1:
+        hidden_RD, caches = body(jnp.int32(0), start)
+    else:
+        num_needed = (jnp.max(lengths_R) + chunk - 1) // chunk
+        hidden_RD, caches = jax.lax.fori_loop(0, num_needed, body, start)
     return dataclasses.replace(state, hidden_RD=hidden_RD, caches=caches, place_R=state.place_R + lengths_R)
 
 
 def decode(
-    machine: Machine, params: PyTree, tables: GrammarTables, state: DecodeState, num_tokens: int | jax.Array
+    machine: Machine,
+    params: PyTree,
+    tables: GrammarTables,
+    state: DecodeState,
+    num_tokens: int | jax.Array,
+    num_done: int | jax.Array | None = None,
 ) -> DecodeState:
-    """Up to `num_tokens` more tokens of every answer that is not done."""
+    """Up to `num_tokens` more tokens of every answer that is not done; fewer when `num_done` rows (all) are done."""
+    enough = len(state.step_B) if num_done is None else num_done
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         count, state = carry
-        return (count < num_tokens) & ~jnp.all(tables.done_S[state.grammar.state_B])
+        return (count < num_tokens) & (jnp.sum(tables.done_S[state.grammar.state_B]) < enough)
 
     def emit(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         count, state = carry
@@ -128,7 +148,7 @@ def decode(
 def _emit(machine: Machine, params: PyTree, tables: GrammarTables, state: DecodeState) -> DecodeState:
     """One token of each row; rows that are done get padding, which is kept nowhere."""
     num_rows = len(state.step_B)
-    is_guided = len(state.place_R) > num_rows
+    copies = len(state.place_R) // num_rows
     state_B = state.grammar.state_B
     live_B = ~tables.done_S[state_B]
     # Rows that are done read controls alone, and so never widen what the others read.
@@ -136,13 +156,9 @@ def _emit(machine: Machine, params: PyTree, tables: GrammarTables, state: Decode
     logits_RV = narrow_logits(
         state.hidden_RD, params["unembedding"], span, spans=machine.spans, controls=machine.controls
     )
-    logits_BV = logits_RV[:num_rows]
-    if is_guided:
-        guidance_B1, unasked_BV = tables.guidance_S[state_B][:, None], logits_RV[num_rows:]
-        logits_BV = jnp.where(guidance_B1 == 1, logits_BV, unasked_BV + guidance_B1 * (logits_BV - unasked_BV))
+    logits_BV = guided(tables, state_B, logits_RV, state.place_R)
     chosen_B = choose(tables, state.grammar, logits_BV, state.seen_BV, state.step_B, state.limit_B, state.keys_B)
     rows_B = jnp.arange(num_rows)
-    copies = 1 + is_guided
     live_R = jnp.tile(live_B, copies).astype(jnp.int32)
     tokens_R1 = jnp.tile(chosen_B, copies)[:, None]
     hidden_R1D, caches = forward(
@@ -160,6 +176,23 @@ def _emit(machine: Machine, params: PyTree, tables: GrammarTables, state: Decode
         seen_BV=note_seen(tables, state.seen_BV, chosen_B, state.step_B),
         tokens_BT=state.tokens_BT.at[rows_B, slot_B].set(chosen_B, mode="drop"),
     )
+
+
+def guided(tables: GrammarTables, state_B: IntArray, logits_RV: jax.Array, place_R: IntArray) -> jax.Array:
+    """Logits [B, V] of each row from those of its contexts, as `Mode.guidance` and `Mode.image_guidance` say."""
+    num_rows = len(state_B)
+    asked_BV, *twins = jnp.split(logits_RV, len(logits_RV) // num_rows)
+    if not twins:
+        return asked_BV
+    unasked_BV, guidance_B1 = twins[0], tables.guidance_S[state_B][:, None]
+    logits_BV = jnp.where(guidance_B1 == 1, asked_BV, unasked_BV + guidance_B1 * (asked_BV - unasked_BV))
+    if len(twins) == 1:
+        return logits_BV
+    shown_BV, picture_B1 = twins[1], tables.image_guidance_S[state_B][:, None]
+    # The twins differ by the pictures of the question: where they are equally far, it has none.
+    sees_B = place_R[2 * num_rows :] > place_R[num_rows : 2 * num_rows]
+    apart_BV = unasked_BV + picture_B1 * (shown_BV - unasked_BV) + guidance_B1 * (asked_BV - shown_BV)
+    return jnp.where(sees_B[:, None] & (picture_B1 != guidance_B1), apart_BV, logits_BV)
 
 
 def choose(
@@ -185,5 +218,7 @@ def choose(
     )
 
 
-extend_jitted = functools.partial(jax.jit, static_argnames=("machine",), donate_argnames=("state",))(extend)
+extend_jitted = functools.partial(jax.jit, static_argnames=("machine", "chunk_tokens"), donate_argnames=("state",))(
+    extend
+)
 decode_jitted = functools.partial(jax.jit, static_argnames=("machine",), donate_argnames=("state",))(decode)

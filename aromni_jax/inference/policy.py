@@ -20,7 +20,9 @@ class Mode:
     does nothing) bears on the pieces and codes that `repetition_scope` names: those of the whole answer so far, or
     those of the open segment; never on control tokens, because that would change what an answer is made of.
     `guidance` s takes logits u + s (f - u), with f from the whole prompt and u from the answer alone (classifier-free
-    guidance, arXiv 2207.12598; 1 does nothing).
+    guidance, arXiv 2207.12598; 1 does nothing). Where the prompt holds a picture and `image_guidance` r is not s, they
+    are u + r (i - u) + s (f - i), with i from the pictures of the prompt alone: how much an answer follows what it was
+    shown, and how much what was said about it (arXiv 2211.09800, section 3.2). None is the same as `guidance`.
     """
 
     temperature: float = 0.0
@@ -30,18 +32,24 @@ class Mode:
     repetition_penalty: float = 1.0
     repetition_scope: Literal["answer", "segment"] = "answer"
     guidance: float = 1.0
+    image_guidance: float | None = None
 
     def __post_init__(self) -> None:
-        numbers = (self.temperature, self.repetition_penalty, self.guidance)
+        numbers = (self.temperature, self.repetition_penalty, self.guidance, self.picture_guidance)
         is_possible = all(map(math.isfinite, numbers)) and self.temperature >= 0 and self.top_k >= 0
         is_possible = is_possible and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1
-        if not is_possible or self.repetition_penalty <= 0 or self.guidance < 0:
+        if not is_possible or self.repetition_penalty <= 0 or min(self.guidance, self.picture_guidance) < 0:
             raise ValueError(
-                f"{self} is not a way to choose tokens: temperature, top_k and guidance must not be negative, top_p "
-                "must lie in (0, 1], min_p in [0, 1], repetition_penalty above 0, and all must be finite"
+                f"{self} is not a way to choose tokens: temperature, top_k and both guidances must not be "
+                "negative, top_p must lie in (0, 1], min_p in [0, 1], repetition_penalty above 0, all must be finite"
             )
         if self.repetition_scope not in ("answer", "segment"):
             raise ValueError(f"repetition_scope must be 'answer' or 'segment', not {self.repetition_scope!r}")
+
+    @property
+    def picture_guidance(self) -> float:
+        """`image_guidance` as a number."""
+        return self.guidance if self.image_guidance is None else self.image_guidance
 
 
 GREEDY = Mode()
@@ -102,11 +110,13 @@ class Policy:
         """The kinds of segments that an answer may hold, and "end"."""
         return {part for options in (self.start, *self.after.values()) for part in options}
 
-    @property
-    def is_guided(self) -> bool:
-        """Whether a segment that an answer may hold is made with guidance, which costs a second row for each."""
+    def num_contexts(self, *, sees_picture: bool) -> int:
+        """Rows of the cache that guidance costs for each answer: 1 is none; a prompt with a picture may need 3."""
         modes = {"text": self.text, "transcript": self.transcript, "speech": self.speech, "image": self.image}
-        return any(mode.guidance != 1 for part, mode in modes.items() if part in self.parts)
+        used = [mode for part, mode in modes.items() if part in self.parts]
+        if sees_picture and any(mode.picture_guidance != mode.guidance for mode in used):
+            return 3
+        return 2 if any(mode.guidance != 1 for mode in used) else 1
 
 
 MEDIA_DELIMITERS = 3

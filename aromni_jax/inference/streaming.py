@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from aromni_jax.inference.decode import OmniModel, bucket_of, check_request
+from aromni_jax.inference.decode import OmniModel, bucket_of, check_request, contexts_of, num_contexts
 from aromni_jax.inference.grammar import Grammar
 from aromni_jax.inference.machine import DecodeState, begin, decode_jitted, extend_jitted
 from aromni_jax.inference.sampling import row_keys
@@ -35,28 +35,30 @@ def stream_tokens(
     first_run: int = FIRST_RUN,
     longest_run: int = LONGEST_RUN,
 ) -> Iterator[list[TokenEvent]]:
-    """The tokens that `decode.generate` answers `prompt` with, in runs; stopping to iterate stops the work.
+    """The tokens that `decode.generate` answers `prompt` with, in runs.
+
+    Stopping to iterate stops the work and frees what it held; nothing of it is left for the next call to notice.
 
     Raises:
-      ValueError: an empty prompt, or fewer tokens allowed than the shortest answer of its task has.
+      ValueError: a request that cannot be answered (`decode.check_request`), at the first step.
     """
-    length = len(prompt.tokens_L)
-    check_request(grammar, prompt, max_new_tokens)
-    is_guided = prompt.task in grammar.guided_tasks
-    width, room = bucket_of(length), bucket_of(max_new_tokens)
-    tokens_RL = np.full((1 + is_guided, width), model.vocab.bos, np.int32)
-    tokens_RL[0, :length] = prompt.tokens_L
+    limit = check_request(model, grammar, prompt, max_new_tokens)
+    contexts = contexts_of(prompt, model.vocab, num_contexts(grammar, prompt))
+    width, room = bucket_of(len(prompt.tokens_L)), bucket_of(max_new_tokens)
+    tokens_RL = np.full((len(contexts), width), model.vocab.bos, np.int32)
+    for row_L, tokens_L in zip(tokens_RL, contexts, strict=True):
+        row_L[: len(tokens_L)] = tokens_L
     machine = model.machine
     state = begin(
         machine,
         grammar.start([prompt.task]),
-        np.array([max_new_tokens], np.int32),
+        np.array([limit], np.int32),
         row_keys(seed, [row_id]),
         cache_length=width + room,
         max_new_tokens=room,
-        is_guided=is_guided,
+        num_contexts=len(contexts),
     )
-    lengths_R = np.array([length, 1][: 1 + is_guided], np.int32)
+    lengths_R = np.array([len(tokens_L) for tokens_L in contexts], np.int32)
     state = extend_jitted(machine, model.params, state, tokens_RL, lengths_R)
     told = 0
     for run in run_lengths(first_run, longest_run):
@@ -113,7 +115,8 @@ class SpeechStream:
         special = self._vocab.special_ids
         for event in events:
             if event.token_id == special["begin_speech"]:
-                self._state = self._decoder.start()
+                # Codes of an utterance that was never finished belong to no other.
+                self._state, self._rows = self._decoder.start(), []
             elif event.token_id == special["end_speech"]:
                 sound += [self._decode_frames(), self._decoder.finish(self._state)]
                 self._state = None

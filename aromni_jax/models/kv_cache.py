@@ -40,6 +40,19 @@ class KVCache:
         dtype = jnp.dtype(config.dtype)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((num_rows,), jnp.int32))
 
+    def put(self, rows_X: jax.Array, other: KVCache) -> KVCache:
+        """The cache with the rows of `other`, a shorter or equally long one, in its rows `rows_X`.
+
+        A row outside 0..B-1 is put nowhere. What a row held behind the new tokens stays, and is never read: the next
+        tokens are written over it.
+        """
+        length = other.max_length
+        return KVCache(
+            self.keys.at[:, rows_X, :length].set(other.keys, mode="drop"),
+            self.values.at[:, rows_X, :length].set(other.values, mode="drop"),
+            self.lengths_B.at[rows_X].set(other.lengths_B, mode="drop"),
+        )
+
     @property
     def max_length(self) -> int:
         return self.keys.shape[2]

@@ -132,6 +132,9 @@ class Attention(nn.Module):
             attended_BLNH = cached_attention(q_BLNH, keys_BSKH, values_BSKH, positions_BL)
         init = logical(_fan_in((0, 1), (2,)), "heads", "head_dim", "embed")
         w_NHD = self.param("o", init, (N, H, D), param_dtype).astype(dtype)
+        if cache is not None:
+            # As one matrix: XLA on CPUs would contract over H first, and for that turn w around at every token.
+            return attended_BLNH.reshape(*x_BLD.shape[:2], N * H) @ w_NHD.reshape(N * H, D), cache
         return jnp.einsum("BLNH,NHD->BLD", attended_BLNH, w_NHD), cache
 
 

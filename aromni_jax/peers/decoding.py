@@ -26,9 +26,14 @@ class ChameleonGenerator:
         self._device = device
 
     @torch.inference_mode()
-    def answer(self, prompt_L: np.ndarray, num_tokens: int, forbidden: Sequence[int] = ()) -> np.ndarray:
-        """Exactly `num_tokens` most likely tokens after the prompt, ids in `forbidden` left out."""
-        ids_BL = torch.from_numpy(prompt_L.astype(np.int64))[None].to(self._device)
+    def answer(
+        self, prompt_L: np.ndarray, num_tokens: int, forbidden: Sequence[int] = (), *, rows: int = 1
+    ) -> np.ndarray:
+        """Exactly `num_tokens` most likely tokens after the prompt, ids in `forbidden` left out.
+
+        With several `rows` it answers that many of the same prompt at a time, and returns the first.
+        """
+        ids_BL = torch.from_numpy(np.tile(prompt_L.astype(np.int64), (rows, 1))).to(self._device)
         made_BT = self._model.generate(
             input_ids=ids_BL,
             attention_mask=torch.ones_like(ids_BL),

@@ -77,9 +77,14 @@ class ChameleonTrainer:
         self._optimizer.zero_grad(set_to_none=True)
         return float(total) / weight
 
-    def products(self, width: int, count: int) -> None:
+    def squares(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two square matrices of random numbers, whose product is as large as the first."""
+        x, w = (torch.randn((width, width), dtype=self._dtype, device=self._device) for _ in range(2))
+        return x, w * width**-0.5
+
+    def products(self, squares: tuple[torch.Tensor, torch.Tensor], count: int) -> None:
         """`count` products of square matrices, one after the other."""
-        x = torch.ones((width, width), dtype=self._dtype, device=self._device)
+        x, w = squares
         for _ in range(count):
-            x = x @ x * (1.0 / width)
+            x = x @ w
         float(x[0, 0])

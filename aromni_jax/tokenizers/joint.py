@@ -3,7 +3,8 @@
 `encode` turns messages into an `Example`: token ids and the spans that say what each run of them is. `prompt` gives
 the ids an answer is generated from: by construction the very prefix that `encode` puts before that answer.
 `unconditional_prompt` and `unconditional` are the same two for an answer nobody asked for, which guidance compares
-with. `decode` is the inverse of `encode`; `parts_of` reads what a model generated.
+with, and `pictures_prompt` is what is left of a prompt without its words and sounds. `decode` is the inverse of
+`encode`; `parts_of` reads what a model generated.
 """
 
 from __future__ import annotations
@@ -172,6 +173,24 @@ def prompt(
 def unconditional_prompt(vocab: JointVocab) -> np.ndarray:
     """int32 ids that an answer nobody asked for is generated from: the beginning of sequence alone."""
     return np.array([vocab.bos], np.int32)
+
+
+def has_picture(example: Example) -> bool:
+    """Whether a part of the conversation is a picture."""
+    return any(span.modality == Modality.IMAGE and span.part >= 0 for span in example.spans)
+
+
+def pictures_prompt(example: Example, vocab: JointVocab) -> np.ndarray:
+    """int32 ids that an answer to the pictures of a prompt alone is generated from.
+
+    `unconditional_prompt`, then every picture of the conversation with its delimiters, in order; nothing else.
+    """
+    pictures = [
+        example.tokens_L[span.start : span.start + span.length]
+        for span in example.spans
+        if span.modality == Modality.IMAGE and span.part >= 0
+    ]
+    return np.concatenate([unconditional_prompt(vocab), *pictures])
 
 
 def unconditional(example: Example, vocab: JointVocab, key: str = "") -> Example | None:

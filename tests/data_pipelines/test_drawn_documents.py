@@ -78,7 +78,7 @@ def test_an_unasked_answer_is_what_guidance_compares_with(
 
     config = ModelConfig(VOCAB.size, num_layers=1, d_model=2, num_heads=1, num_kv_heads=1, head_dim=2, mlp_dim=2)
     monkeypatch.setattr(machine, "forward", forward)
-    monkeypatch.setattr(decode, "answer", decode.answer.__wrapped__)  # eager: ids are numbers
+    monkeypatch.setattr(decode, "extend_jitted", machine.extend)  # eager: ids are numbers
     grammar = compile_grammar(VOCAB, {task: policy_for(task, DecodingConfig(image=Mode(1.0, guidance=3.0)))})
     with pytest.raises(InterruptedError):
         decode.generate(decode.OmniModel(config, {}, VOCAB), grammar, [asked], max_new_tokens=64)

@@ -78,10 +78,19 @@ def test_what_is_printed_is_what_decodes():
 
 def test_only_tasks_that_make_pictures_pay_for_their_guidance():
     pictures = {Task.TEXT_TO_IMAGE, Task.SPEECH_TO_IMAGE, Task.CHAT}
-    assert compile_grammar(VOCAB, {task: policy_for(task) for task in Task}).guided_tasks == pictures
+
+    def contexts(decoding: DecodingConfig):
+        return compile_grammar(VOCAB, {task: policy_for(task, decoding) for task in Task}).contexts
+
+    assert contexts(DecodingConfig()) == {task: (2, 2) if task in pictures else (1, 1) for task in Task}
     unguided = DecodingConfig(image=Mode(1.0), text=Mode(1.0, guidance=2.0))
-    policies = {task: policy_for(task, unguided) for task in Task}
-    assert compile_grammar(VOCAB, policies).guided_tasks == {Task.TEXT, Task.CHAT}
+    assert {task for task, counts in contexts(unguided).items() if counts == (2, 2)} == {Task.TEXT, Task.CHAT}
+    apart = DecodingConfig(image=Mode(1.0, guidance=3.07, image_guidance=1.15))
+    assert contexts(apart) == {task: (2, 3) if task in pictures else (1, 1) for task in Task}
+    alike = DecodingConfig(image=Mode(1.0, guidance=3.07, image_guidance=3.07))
+    assert contexts(alike) == contexts(DecodingConfig())
+    only_seen = DecodingConfig(image=Mode(1.0, image_guidance=2.0))
+    assert contexts(only_seen)[Task.CHAT] == (1, 3)
 
 
 def test_released_layout_compiles():

@@ -24,7 +24,7 @@ def grammar():
     return compile_grammar(VOCAB, {task: policy_for(task) for task in Task})
 
 
-def fresh(model, grammar, *, is_guided=False, limit=24, cache_length=128):  # noqa: F811
+def fresh(model, grammar, *, num_contexts=1, limit=24, cache_length=128):  # noqa: F811
     return begin(
         model.machine,
         grammar.start(TASKS),
@@ -32,7 +32,7 @@ def fresh(model, grammar, *, is_guided=False, limit=24, cache_length=128):  # no
         row_keys(5, list(range(len(TASKS)))),
         cache_length=cache_length,
         max_new_tokens=limit,
-        is_guided=is_guided,
+        num_contexts=num_contexts,
     )
 
 
@@ -67,12 +67,12 @@ def test_cached_logits_equal_a_full_forward_pass_at_every_position(stacked, mode
         np.testing.assert_allclose(np.stack(found, axis=1)[row, :length], whole[row, :length], atol=1e-4)
 
 
-@pytest.mark.parametrize("is_guided", [False, True])
-def test_an_answer_in_pieces_is_the_answer(model, grammar, is_guided):  # noqa: F811
-    tokens, lengths = questions(3 * (1 + is_guided), 9)
+@pytest.mark.parametrize("num_contexts", [1, 2, 3])
+def test_an_answer_in_pieces_is_the_answer(model, grammar, num_contexts):  # noqa: F811
+    tokens, lengths = questions(3 * num_contexts, 9)
 
     def start():
-        state = fresh(model, grammar, is_guided=is_guided)
+        state = fresh(model, grammar, num_contexts=num_contexts)
         return extend_jitted(model.machine, model.params, state, tokens, lengths)
 
     whole = decode_jitted(model.machine, model.params, grammar.tables, start(), 24)

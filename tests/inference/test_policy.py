@@ -98,7 +98,10 @@ def test_the_released_policy_is_method_6(policies):
     tasks = list(policies) * (800 // len(policies))
     tables = jax.tree.map(np.asarray, grammar.tables)
     run = random_streams(grammar.tables, grammar.start(tasks), row_keys(0, list(range(len(tasks)))), num_steps=LENGTH)
-    modes = {"text": Mode(1.2, top_p=0.96, repetition_penalty=1.2), "image": Mode(1.0, top_p=0.96, guidance=3.07)}
+    modes = {
+        "text": Mode(1.2, top_p=0.96, repetition_penalty=1.2),
+        "image": Mode(1.0, top_p=0.96, guidance=3.07, image_guidance=1.15),
+    }
     media = {"image": VOCAB.image, "speech": VOCAB.speech[0]}
     visits, returns = set(), set()
     for tokens_T, states_T, allowed_TV in zip(*map(np.asarray, run), strict=True):

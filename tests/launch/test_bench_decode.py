@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import pytest
 
 from launch import cli
@@ -14,6 +15,7 @@ MODEL = {"num_layers": 2, "d_model": 32, "num_heads": 2, "num_kv_heads": 2, "hea
 
 
 def test_random_weights_of_a_config(tmp_path, monkeypatch, capfd):
+    assert jax.device_count() == 8  # This process has taken its devices: the tests after this one want them.
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # One device, as a user has.
     path = tmp_path / "bench.json"
     assert cli.run("bench", ["decode", "--repeats=1", f"--config.model={MODEL}", f"--json={path}"]) == 0

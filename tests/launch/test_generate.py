@@ -58,7 +58,7 @@ def test_bad_requests_are_named(argv, message):
         ("", "holds no requests"),
         ("{", "line 1 is not a request"),
         ('{"task": "caption", "picture": "a.png"}', "line 1 is not a request"),
-        ('{"task": "caption", "image": "a.png"}\n{"task": "caption"}', "line 2: caption needs --image"),
+        ('{"task": "caption"}\n{', "line 1: caption needs --image"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, text, message):
@@ -98,9 +98,15 @@ def test_flags_go_before_the_config_and_the_config_before_nothing():
     assert decoding() == DecodingConfig()
     released = decoding("--config=configs/decode.py:released", "--temperature=0.5")
     assert released.text == Mode(0.5, top_p=0.96, repetition_penalty=1.2)
-    assert released.image == Mode(0.5, top_p=0.96, guidance=3.07)
+    assert released.image == Mode(0.5, top_p=0.96, guidance=3.07, image_guidance=1.15)
     assert released.recognition == Mode(1.2, top_p=0.96, repetition_penalty=1.2)
     assert decoding(overrides=["--config.image.guidance=1.0"]).image == Mode(1.0, top_p=0.96)
+    target = "--config=configs/decode.py:released"
+    assert decoding(target, "--guidance=1").image == Mode(1.0, top_p=0.96)
+    both = decoding(target, "--guidance=2", "--image_guidance=1.5").image
+    assert (both.guidance, both.image_guidance) == (2.0, 1.5)
+    assert decoding(overrides=["--config.image.image_guidance=1.5"]).image.picture_guidance == 1.5
+    assert decoding(target, overrides=["--config.image.image_guidance=None"]).image.picture_guidance == 3.07
     with pytest.raises(ValueError, match="did you mean 'image.guidance'"):
         decoding(overrides=["--config.image.guidence=1.0"])
 

@@ -78,7 +78,7 @@ def run(tmp_path, rows, *flags):
 
 def test_turns_of_a_dialogue_share_a_cache_whatever_stands_between_them(tmp_path, loaded, capsys):
     one = [{"conversation": "x", "text": f"question {i}"} | ({"image": "a.png"} if i == 3 else {}) for i in range(12)]
-    other = [{"conversation": 2, "text": "question 0"}]
+    other = [{"conversation": "2", "text": "question 0"}]
     mixed = run(tmp_path, [one[0], {"text": "alone"}, *other, *one[1:]], "--budget=100")
     assert "chat: " in capsys.readouterr().out
     alone = run(tmp_path, one, "--budget=100", "--stream")
@@ -98,11 +98,13 @@ def test_turns_of_a_dialogue_share_a_cache_whatever_stands_between_them(tmp_path
     assert heard and all(len(soundfile.read(tmp_path / "out" / name)[0]) % 10 == 0 for name in heard)
 
 
-def test_a_turn_that_does_not_fit_is_named_before_anything_is_answered(tmp_path, loaded):
-    rows = [{"conversation": "x", "text": "short"}, {"conversation": "x", "text": "y" * 90}]
-    with pytest.raises(ValueError, match="0001_chat: this question has 100 tokens, but a budget of 100"):
+def test_a_turn_that_does_not_fit_loses_no_other(tmp_path, loaded):
+    rows = [{"conversation": "x", "text": text} for text in ("short", "y" * 90, "short")]
+    with pytest.raises(ValueError, match="1 of 3 .* this question has 100 tokens, but a budget of 100"):
         run(tmp_path, rows, "--budget=100")
-    assert not (tmp_path / "out" / "result.json").exists()
+    answers = json.loads((tmp_path / "out" / "result.json").read_text())["answers"]
+    assert [answer["turn"]["number"] for answer in (answers[0], answers[2])] == [0, 1]
+    assert "error" in answers[1] and "turn" not in answers[1]
     with pytest.raises(ValueError, match="line 1: only a chat is a turn of a conversation, not question"):
         run(tmp_path, [{"task": "question", "text": "who?", "conversation": "x"}])
 

@@ -29,7 +29,7 @@ TRAINING = {
         "debug,weighting=balanced",
     ),
     "sft": SIZES,
-    "bench": ("",),
+    "bench": ("", "1b"),
 }
 OTHER = {
     "decode": {"": DecodingConfig, "ours": DecodingConfig, "released": DecodingConfig},
