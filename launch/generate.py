@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from aromni_jax.inference.grammar import Grammar
     from aromni_jax.inference.policy import DecodingConfig, Mode
     from aromni_jax.structs import Example, Message, Part, Task
+    from launch.generate_dialogue import Turn
     from launch.loading import LoadedModel
 
     Answer = tuple[int, tuple[Part, ...], dict[str, Any]]
-    """The place of a request, the parts of its answer, and the record of its latency where it was streamed."""
+    """The place of a request, the parts of its answer, and what else `result.json` says of it (its latency, say)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,13 +97,8 @@ def main(args: argparse.Namespace) -> int:
         clock = time.perf_counter()
         for index, parts, told in _answers(loaded, asked, args, [_stem(i, r) for i, r in enumerate(requests)]):
             seconds["generate"] += time.perf_counter() - clock
-            if "error" in told:
-                lines[index] = _unanswered(requests[index], told["error"])
-            else:
-                is_heard = "latency" in told
-                lines[index] = (
-                    _answered(parts, requests[index], output, index, loaded, sound_is_written=is_heard) | told
-                )
+            is_written = args.stream or index in asked.turns
+            lines[index] = _answered(parts, requests[index], output, index, loaded, sound_is_written=is_written) | told
             clock = time.perf_counter()
     finally:
         # What was answered is told also when the rest is not wanted any more.
@@ -132,14 +128,13 @@ def main(args: argparse.Namespace) -> int:
 class Asked:
     """Requests ready for the model: the automaton of their tasks, their prompts, and most tokens of each task.
 
-    `prompts`, `turns` (questions of dialogues) and `errors` are keyed by a request's place among all: each is in one of
-    them. `dialogues` names the dialogue of every turn.
+    `prompts`, `turns` and `errors` are keyed by a request's place among all of them: it is in one of them. Turns of
+    dialogues wait for what is said before them.
     """
 
     grammar: Grammar
     prompts: dict[int, Example]
-    turns: dict[int, Message]
-    dialogues: dict[int, str]
+    turns: dict[int, Turn]
     limits: dict[Task, int]
     errors: dict[int, str]
 
@@ -178,14 +173,14 @@ def ask(
     from aromni_jax.inference.policy import policy_for
     from aromni_jax.structs import Task
     from aromni_jax.tokenizers import joint
+    from launch.generate_dialogue import Turn
 
     vocab, bundle = loaded.model.vocab, loaded.bundle
     speech_tokens = 0
     if bundle.speech:
         speech_tokens = round(args.max_seconds * bundle.speech.codes_per_second) * len(vocab.speech)
     prompts: dict[int, Example] = {}
-    turns: dict[int, Message] = {}
-    dialogues: dict[int, str] = {}
+    turns: dict[int, Turn] = {}
     errors: dict[int, str] = {}
     for index, request in enumerate(requests):
         try:
@@ -195,13 +190,13 @@ def ask(
             check_codes(vocab, request.task, policy_for(task, decoding))
             question = _question(request, loaded)
             if request.conversation is not None:
-                turns[index], dialogues[index] = question, request.conversation
+                turns[index] = Turn(request.conversation, question.parts, _stem(index, request))
                 continue
             key = request.task if len(requests) == 1 else f"{index} ({request.task})"
             prompts[index] = joint.prompt([question], task, vocab, bundle.text, loaded.templates, key=key)
         except BAD_INPUT as error:
             errors[index] = str(error)
-    _check_any({**prompts, **turns}, errors)
+    _check_any(prompts | turns, errors)
     tasks = sorted({prompt.task for prompt in prompts.values()} | ({Task.CHAT} if turns else set()))
     grammar = compile_grammar(vocab, {task: policy_for(task, decoding) for task in tasks})
     limits = {task: _limit(task, args.max_text_tokens, speech_tokens, vocab.tokens_per_image) for task in tasks}
@@ -211,13 +206,13 @@ def ask(
         except ValueError as error:
             errors[index] = str(error)
             del prompts[index]
-    _check_any({**prompts, **turns}, errors)
-    return Asked(grammar, prompts, turns, dialogues, limits, errors)
+    _check_any(prompts | turns, errors)
+    return Asked(grammar, prompts, turns, limits, errors)
 
 
-def _check_any(left: dict[int, Any], errors: dict[int, str]) -> None:
+def _check_any(askable: dict[int, Any], errors: dict[int, str]) -> None:
     """ValueError with what is wrong with the first request where none is left."""
-    if not left:
+    if not askable:
         first = errors[min(errors)]
         raise ValueError(
             first if len(errors) == 1 else f"none of {len(errors)} requests can be answered; the first: {first}"
@@ -225,7 +220,7 @@ def _check_any(left: dict[int, Any], errors: dict[int, str]) -> None:
 
 
 def _answers(loaded: LoadedModel, asked: Asked, args: argparse.Namespace, stems: list[str]) -> Iterator[Answer]:
-    """What the model answers, media as codes: all together, or one after the other as a stream; then the dialogues."""
+    """What the model answers, media as codes: one request after the other as a stream, or all together; then turns."""
     output = pathlib.Path(args.output)
     if args.stream:
         from launch.generate_stream import stream_answers
@@ -236,7 +231,7 @@ def _answers(loaded: LoadedModel, asked: Asked, args: argparse.Namespace, stems:
     if asked.turns:
         from launch.generate_dialogue import answer_dialogues
 
-        yield from answer_dialogues(loaded, asked, stems, output, args.budget, args.seed, is_shown=args.stream)
+        yield from answer_dialogues(loaded, asked, output, budget=args.budget, seed=args.seed, is_shown=args.stream)
 
 
 def answer(loaded: LoadedModel, asked: Asked, seed: int) -> Iterator[Answer]:

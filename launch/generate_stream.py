@@ -43,8 +43,8 @@ def stream_answers(
         if shape not in warm:
             take(loaded, itertools.islice(stream(), _RUNS_TO_WARM))
             warm.add(shape)
-        parts, latency = take(loaded, stream(), output / f"{stems[row]}.wav", is_shown=True)
-        yield row, parts, {"latency": latency}
+        parts, record = take(loaded, stream(), output / f"{stems[row]}.wav", is_shown=True)
+        yield row, parts, {"latency": record}
 
 
 def take(

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aromni_jax.arrays import IntArray
-from aromni_jax.inference.decode import OmniModel, bucket_of
+from aromni_jax.inference.decode import OmniModel, bucket_of, contexts_of
 from aromni_jax.inference.grammar import Grammar
 from aromni_jax.inference.machine import (
     PREFILL_TOKENS,
@@ -36,7 +36,7 @@ from aromni_jax.inference.machine import (
 )
 from aromni_jax.inference.sampling import row_keys
 from aromni_jax.inference.streaming import FIRST_RUN, LONGEST_RUN, made_since, run_lengths
-from aromni_jax.structs import Message, Part, Task, TokenEvent
+from aromni_jax.structs import Example, Message, Part, Task, TokenEvent
 from aromni_jax.tokenizers import joint
 from aromni_jax.tokenizers.prompts import Templates
 from aromni_jax.tokenizers.text import TextTokenizer
@@ -105,7 +105,7 @@ class Conversation:
         self._model, self._grammar, self._seed = model, grammar, seed
         self._text_tokenizer, self._templates = text_tokenizer, templates
         self._budget, self._max_new = budget_tokens, max_new_tokens
-        start = grammar.start([Task.CHAT])
+        start, vocab = grammar.start([Task.CHAT]), model.vocab
         self._check_sizes()
         opening, self._closing = self._scaffolding()
         self._num_opening = len(opening)
@@ -121,11 +121,10 @@ class Conversation:
             row_keys(seed, [0]),
             cache_length=budget_tokens,
             max_new_tokens=max_new_tokens,
-            # A picture in the history is guided as all of it is: that takes a twin, and no third row.
-            num_contexts=grammar.contexts[Task.CHAT][0],
+            num_contexts=grammar.contexts[Task.CHAT][vocab.image is not None],
         )
         self._compile()
-        self._read(opening, at=0)
+        self._read([opening], at=0)
 
     @property
     def occupancy_tokens(self) -> int:
@@ -146,8 +145,8 @@ class Conversation:
         """The record of the last turn that is closed; None before there is one."""
         return self._record
 
-    def check(self, parts: Sequence[Part]) -> list[int]:
-        """The ids of a question, with the opening of its answer; nothing is read.
+    def check(self, parts: Sequence[Part]) -> Example:
+        """A question as the first of a dialogue would be encoded, with the opening of its answer; nothing is read.
 
         Raises:
           ValueError: a question that is empty, that the template has no place for, or that the budget cannot hold
@@ -155,15 +154,16 @@ class Conversation:
         """
         if not parts:
             raise ValueError("a question needs at least one part: text, a picture or speech")
-        ids = self._prompt(Message("user", tuple(parts)))[self._num_opening :]
+        prompt = self._prompt(Message("user", tuple(parts)))
+        length = len(prompt.tokens_L) - self._num_opening
         most = self._budget - self._num_opening - self._max_new
-        if len(ids) > most:
+        if length > most:
             raise ValueError(
-                f"this question has {len(ids)} tokens, but a budget of {self._budget} leaves {most} beside the "
+                f"this question has {length} tokens, but a budget of {self._budget} leaves {most} beside the "
                 f"{self._num_opening} that open the sequence and {self._max_new} for the answer: shorten the question "
                 "(a shorter text or sound, fewer pictures), allow fewer tokens for answers, or raise the budget"
             )
-        return ids
+        return prompt
 
     def ask(
         self, parts: Sequence[Part], *, first_run: int = FIRST_RUN, longest_run: int = LONGEST_RUN
@@ -176,10 +176,12 @@ class Conversation:
         Raises:
           ValueError: a question that `check` refuses; the dialogue is then as it was, and can go on.
         """
-        ids = self.check(parts)
+        prompt = self.check(parts)
+        own_L, *twins = contexts_of(prompt, self._model.vocab, len(self._state.place_R))
+        question_L = own_L[self._num_opening :]
         self.close_answer()
         self._evicted_turns = self._evicted_tokens = 0
-        self._make_room(len(ids))
+        self._make_room(len(question_L))
         self._state = dataclasses.replace(
             self._state,
             grammar=self._grammar.start([Task.CHAT]),
@@ -187,8 +189,8 @@ class Conversation:
             keys_B=row_keys(self._seed, [self._asked]),
             seen_BV=jnp.zeros_like(self._state.seen_BV),
         )
-        self._read(ids, at=self.occupancy_tokens)
-        turn = self._open = _Turn(self._asked, Message("user", tuple(parts)), len(ids), [])
+        self._read([question_L, *twins], at=self.occupancy_tokens)
+        turn = self._open = _Turn(self._asked, Message("user", tuple(parts)), len(question_L), [])
         self._turns.append(turn)
         self._asked += 1
         return self._answer(turn, first_run, longest_run)
@@ -207,7 +209,7 @@ class Conversation:
         del turn.answer_ids[kept:]
         if ending:
             self._make_room(len(ending))
-            self._read(ending, at=self.occupancy_tokens)
+            self._read([ending], at=self.occupancy_tokens)
             turn.answer_ids += ending
         self._open = None
         self._record = TurnRecord(
@@ -271,18 +273,23 @@ class Conversation:
         self._evicted_turns += gone
         self._evicted_tokens += count
 
-    def _read(self, ids: Sequence[int], *, at: int) -> None:
-        """Reads `ids` into the cache from slot `at` on; a twin reads the beginning of sequence anew (`DecodeState`)."""
+    def _read(self, contexts: Sequence[Sequence[int] | np.ndarray], *, at: int) -> None:
+        """Reads the first of `contexts` into the cache from slot `at` on; the others anew into the rows of twins.
+
+        A twin (`DecodeState`) knows one turn: its part of the question and the answer, not what was said before.
+        """
         num_cached, widths = len(self._state.place_R), self._widths
         place_R = np.zeros(num_cached, np.int32)
         place_R[0] = at
         self._state = dataclasses.replace(self._state, place_R=jnp.asarray(place_R))
-        for first in range(0, len(ids), widths[-1]):
-            chunk = ids[first : first + widths[-1]]
-            tokens_RL = np.full((num_cached, bucket_of(len(chunk), widths)), self._model.vocab.bos, np.int32)
-            tokens_RL[0, : len(chunk)] = chunk
-            lengths_R = np.full(num_cached, first == 0, np.int32)
-            lengths_R[0] = len(chunk)
+        longest = max(map(len, contexts))
+        for first in range(0, longest, widths[-1]):
+            width = bucket_of(min(longest - first, widths[-1]), widths)
+            tokens_RL = np.full((num_cached, width), self._model.vocab.bos, np.int32)
+            lengths_R = np.zeros(num_cached, np.int32)
+            for row, ids in enumerate(contexts):
+                chunk = ids[first : first + width]
+                tokens_RL[row, : len(chunk)], lengths_R[row] = chunk, len(chunk)
             self._extend(tokens_RL, lengths_R)
 
     def _extend(self, tokens_RL: IntArray, lengths_R: IntArray) -> None:
@@ -305,16 +312,14 @@ class Conversation:
         self._state = forget(model.machine, self._state, np.int32(0), np.int32(0))
         self._decode(0)
 
-    def _prompt(self, message: Message) -> list[int]:
-        return joint.prompt(
-            [message], Task.CHAT, self._model.vocab, self._text_tokenizer, self._templates
-        ).tokens_L.tolist()
+    def _prompt(self, message: Message) -> Example:
+        return joint.prompt([message], Task.CHAT, self._model.vocab, self._text_tokenizer, self._templates)
 
     def _scaffolding(self) -> tuple[list[int], list[int]]:
         """The ids before the first turn, and those that the template ends an answer with."""
         nothing = [Message("user", ()), Message("assistant", ())]
         whole = joint.encode(nothing, Task.CHAT, self._model.vocab, self._text_tokenizer, self._templates)
-        ids, first = whole.tokens_L.tolist(), self._prompt(nothing[0])
+        ids, first = whole.tokens_L.tolist(), self._prompt(nothing[0]).tokens_L
         num_opening = sum(span.length for span in whole.spans if span.message < 0)
         return ids[:num_opening], ids[len(first) : len(ids) - len(self._templates.of(Task.CHAT).end)]
 

@@ -12,7 +12,7 @@ import pytest
 
 from aromni_jax.inference import conversation as conversations
 from aromni_jax.inference.conversation import Conversation, forget
-from aromni_jax.inference.decode import OmniModel
+from aromni_jax.inference.decode import OmniModel, contexts_of
 from aromni_jax.inference.grammar import compile_grammar
 from aromni_jax.inference.machine import begin, decode_jitted, extend_jitted
 from aromni_jax.inference.policy import DecodingConfig, Mode, policy_for
@@ -256,23 +256,22 @@ def test_answers_depend_on_seed_and_turn_and_not_on_runs(model, grammar):
 
 
 def test_guidance_serves_every_turn(model):
-    """The twin of each turn reads its own answer alone: nothing of an earlier turn stays in it."""
-    config = dataclasses.replace(DECODING, image=Mode(1.0, guidance=3.0), text_budget=1)
+    """The twins of each turn read their part of its question, and its answer: nothing of an earlier turn stays."""
+    config = dataclasses.replace(DECODING, image=Mode(1.0, guidance=3.0, image_guidance=1.5), text_budget=1)
     grammar = compile_grammar(VOCAB, {Task.CHAT: policy_for(Task.CHAT, config)})
     conversation = started(model, grammar, budget=160)
-    pictures = 0
-    for number, parts in enumerate(itertools.islice(questions(4), 12)):
+    lengths = set()
+    for parts in itertools.islice(questions(4), 8):
         ids = say(conversation, parts)
-        if number and any(isinstance(part, Image) for part in conversation.messages[-1].parts):
-            pictures += 1
-            own_L = np.array([VOCAB.bos, *ids], np.int32)
+        prompt = joint.prompt([Message("user", tuple(parts))], Task.CHAT, VOCAB, TEXT, TEMPLATES)
+        contexts = contexts_of(prompt, VOCAB, 3)
+        lengths.add(len(contexts[2]))
+        for row in (1, 2):
+            own_L = np.array([*contexts[row], *ids], np.int32)
             twin = reread(model, grammar, own_L, 160)
-            np.testing.assert_allclose(
-                conversation._state.caches[1].keys[0, 1, : len(own_L)],
-                twin.caches[1].keys[0, 0, : len(own_L)],
-                atol=1e-4,
-            )
-    assert pictures
+            found = conversation._state.caches[1].keys[0, row, : len(own_L) - 1]
+            np.testing.assert_allclose(found, twin.caches[1].keys[0, 0, : len(own_L) - 1], atol=1e-4)
+    assert len(lengths) == 2  # with a picture, and without
 
 
 def test_an_answer_cut_anywhere_is_closed_in_form(model, grammar):
