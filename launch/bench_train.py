@@ -127,16 +127,16 @@ def _measured(sides: dict[str, Process], described: dict[str, Any], repeats: int
         steps = [("dense", "ours"), ("dense", "peer"), ("packed", "ours"), *((name, "peer") for name in PADDINGS)]
     first_losses = {}
     for name, side in steps:
-        # torch.compile works minutes on the first rows of a new shape.
-        print(f"first steps: {name}, {side}", file=sys.stderr, flush=True)
+        # torch.compile works minutes on rows of a new shape.
+        _tell(f"first steps: {name}, {side}")
         first_losses[name, side] = [ask(sides[side], name)["loss"] for _ in range(2)]
     seconds: dict[tuple[str, str], list[float]] = {step: [] for step in steps}
     positions: dict[tuple[str, str], int] = {}
     peaks = []
     for number in range(repeats):
-        print(f"round {number + 1} of {repeats}", file=sys.stderr, flush=True)
         for name, side in steps:
             answer = ask(sides[side], name)
+            _tell(f"round {number + 1} of {repeats}: {name}, {side}: {answer['seconds']:.3f} s")
             seconds[name, side].append(answer["seconds"])
             positions[name, side] = answer["positions"]
         peaks += [ask(process, "peak") for process in sides.values()]
@@ -173,6 +173,11 @@ def _measured(sides: dict[str, Process], described: dict[str, Any], repeats: int
             / positions["micro_batch_padding", "peer"],
         }
     return results
+
+
+def _tell(line: str) -> None:
+    """Progress, apart from the table."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _judge(parts: dict[str, dict[str, float]], peak: float) -> dict[str, dict[str, Any]]:

@@ -33,7 +33,11 @@ class ChameleonTrainer:
             directory, dtype=torch.float32, attn_implementation="sdpa"
         )
         self._model = model.to(device).train()
-        self._decoder = self._model.model if device == "cpu" else torch.compile(self._model.model)
+        self._decoder = self._any_shape = self._model.model
+        if device != "cpu":
+            # Padded batches have a shape each, which to compile apart would take most of an hour.
+            self._decoder = torch.compile(self._model.model)
+            self._any_shape = torch.compile(self._model.model, dynamic=True)
         self._parameters = [
             parameter for name, parameter in self._model.named_parameters() if not name.startswith("model.vqmodel.")
         ]
@@ -60,12 +64,13 @@ class ChameleonTrainer:
     def step(self, micro_batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
         """One update from all micro-batches of (inputs, targets), integers [B, L]; returns the mean loss before it."""
         micro_batches = list(micro_batches)
+        decoder = self._decoder if len({inputs.shape for inputs, _ in micro_batches}) == 1 else self._any_shape
         weight = sum(int((targets_BL != _IGNORED).sum()) for _, targets_BL in micro_batches)
         total = torch.zeros((), device=self._device)
         for inputs_BL, targets_BL in micro_batches:
             inputs, targets = (torch.from_numpy(x.astype(np.int64)).to(self._device) for x in (inputs_BL, targets_BL))
             with torch.autocast(self._device, self._dtype) if self._device != "cpu" else contextlib.nullcontext():
-                hidden = self._decoder(input_ids=inputs, use_cache=False).last_hidden_state
+                hidden = decoder(input_ids=inputs, use_cache=False).last_hidden_state
                 logits = self._model.lm_head(hidden)
             loss = torch.nn.functional.cross_entropy(
                 logits.float().flatten(0, 1), targets.flatten(), ignore_index=_IGNORED, reduction="sum"
