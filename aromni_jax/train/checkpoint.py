@@ -184,6 +184,9 @@ class Checkpointer:
     with several the caller's thread does, for about the time of the copy to the host, because Orbax then talks to the
     other processes about preemption, in the order of the loop. A failed write is raised by the next `snapshot`,
     `write`, `wait` or `close`. Opening removes what a killed save left behind.
+
+    Where the processors are the devices, a save is written in pieces with rests between (`train.pieces`), until somebody
+    waits for it: the next save, or the end of the run.
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
