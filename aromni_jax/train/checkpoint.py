@@ -185,8 +185,8 @@ class Checkpointer:
     other processes about preemption, in the order of the loop. A failed write is raised by the next `snapshot`,
     `write`, `wait` or `close`. Opening removes what a killed save left behind.
 
-    Where the processors are the devices, a save is written in pieces with rests between (`train.pieces`), until somebody
-    waits for it: the next save, or the end of the run.
+    Where the processors are the devices, a save is written in pieces with rests between (`train.pieces`), until
+    somebody waits for it: the next save, or the end of the run.
     """
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
