@@ -39,7 +39,7 @@ from aromni_jax.train.leaves import (
     on_device,
 )
 from aromni_jax.train.local_tier import LocalTier
-from aromni_jax.train.pieces import PIECE_BYTES, Pieces
+from aromni_jax.train.pieces import PIECE_BYTES, Pieces, is_possible
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class Checkpointer:
         if self._config.keep_every_steps:
             keep.append(policies.EveryNSteps(self._config.keep_every_steps))
         saving = context()
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() == "cpu" and is_possible():
             # An accelerator's host has processors to spare, and writes faster all at once.
             saving.memory_options.transfer_concurrent_bytes = PIECE_BYTES
             saving.memory_options.serialization_status_callback = self._pieces

@@ -24,9 +24,22 @@ PIECE_BYTES = 64 * 2**20
 _REST = 2.0
 """A rest takes this much of the time of the piece before it: a save takes three times as long."""
 
-_CALLBACK = get_args(get_type_hints(ocp.options.MemoryOptions)["serialization_status_callback"])[0]
-_PRIORITY = get_type_hints(_CALLBACK.key_priority)["return"]
-"""The enum that Orbax's option wants its callback to answer with; no public name leads to it."""
+
+def _find_priority() -> Any:
+    """The enum that Orbax's option wants its callback to answer with, which has no public name; None if it is gone."""
+    try:
+        callback = get_args(get_type_hints(ocp.options.MemoryOptions)["serialization_status_callback"])[0]
+        return get_type_hints(callback.key_priority)["return"]
+    except (AttributeError, IndexError, KeyError, NameError):
+        return None
+
+
+_PRIORITY = _find_priority()
+
+
+def is_possible() -> bool:
+    """Whether this Orbax can write in pieces; an Orbax of another time writes all at once, which only costs speed."""
+    return _PRIORITY is not None
 
 
 def forget(files: Iterable[pathlib.Path]) -> None:
