@@ -231,8 +231,9 @@ def _restore(config: TrainConfig, workdir: Path, wanted: Any) -> float:
     import jax
 
     from aromni_jax.train.checkpoint import Checkpointer
+    from aromni_jax.train.pieces import forget
 
-    _forget(workdir)
+    forget(file for file in workdir.rglob("*") if file.is_file())
     begun = time.perf_counter()
     with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpointer:
         restored = checkpointer.restore_latest(wanted, lambda facts: None)
@@ -249,9 +250,10 @@ def _torch_times(state: Any, path: Path) -> tuple[float, float] | None:
     import numpy as np
 
     from aromni_jax.peers import torch_files
+    from aromni_jax.train.pieces import forget
 
     save_seconds = torch_files.save_seconds([np.asarray(leaf) for leaf in jax.tree.leaves(state)], path)
-    _forget(path)
+    forget([path])
     load_seconds = torch_files.load_seconds(path)
     path.unlink()
     return save_seconds, load_seconds
@@ -259,6 +261,8 @@ def _torch_times(state: Any, path: Path) -> tuple[float, float] | None:
 
 def _disk_rates(path: Path, num_bytes: int) -> tuple[float, float]:
     """Bytes a second of plain sequential writing (until on disk) and reading of a file of `num_bytes`."""
+    from aromni_jax.train.pieces import forget
+
     piece = os.urandom(_PIECE_BYTES)
     begun = time.perf_counter()
     with open(path, "wb", buffering=0) as file:
@@ -266,7 +270,7 @@ def _disk_rates(path: Path, num_bytes: int) -> tuple[float, float]:
             file.write(memoryview(piece)[: num_bytes - start])
         os.fsync(file.fileno())
     write_seconds = time.perf_counter() - begun
-    _forget(path)
+    forget([path])
     room = bytearray(_PIECE_BYTES)
     begun = time.perf_counter()
     with open(path, "rb", buffering=0) as file:
@@ -275,15 +279,6 @@ def _disk_rates(path: Path, num_bytes: int) -> tuple[float, float]:
     read_seconds = time.perf_counter() - begun
     path.unlink()
     return num_bytes / write_seconds, num_bytes / read_seconds
-
-
-def _forget(path: Path) -> None:
-    """Asks the system to drop these files from memory, so that reading them reads the disk (where it can be asked)."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for file in [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]:
-        with open(file, "rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _print(rows: dict[str, dict[str, Any]], peer: tuple[float, float] | None) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from aromni_jax.config import CheckpointConfig
-from aromni_jax.train import saved
+from aromni_jax.train import checkpoint, pieces, saved
 from aromni_jax.train import workdir as workdirs
 from aromni_jax.train.checkpoint import (
     Checkpointer,
@@ -118,6 +119,24 @@ def test_save_survives_donation_of_the_state(tmp_path, has_room):
     checkpointer.close()
     params = saved.load_params(tmp_path)
     np.testing.assert_array_equal(params["w"], np.arange(1 << 20, dtype=np.float32))
+
+
+def test_writes_in_pieces_and_rests_between_them_until_somebody_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 5 << 20)
+    monkeypatch.setattr(pieces, "_REST", 1e6)
+    state = {name: jnp.full((1 << 20,), number, jnp.float32) for number, name in enumerate("abcd")}
+    checkpointer = Checkpointer(tmp_path, ASYNC)
+    checkpointer.save(1, state, facts(1))
+    unfinished = tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp"
+    deadline = time.monotonic() + 30
+    while not list(unfinished.rglob("d/*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    assert len(list(unfinished.rglob("d/*"))) == 1
+    checkpointer.wait()
+    assert len(list((tmp_path / "checkpoints" / "1").rglob("ocdbt.process_0/d/*"))) >= len(state)
+    assert checkpointer.restore_latest(abstract(state), accept)[0] == 1
+    checkpointer.close()
 
 
 def test_keeps_the_newest_and_every_nth(tmp_path):
@@ -230,6 +249,11 @@ def test_checksums_see_every_change_and_no_mesh(two_steps):
     reference = checksums(named_leaves(whole))
     assert checksums(named_leaves(split)) == reference
     array = np.asarray(whole["params"]["layers"]["q"])
+    # Old checkpoints hold these numbers: the formula must not change.
+    layer, row, column = np.indices(array.shape, np.uint32)
+    place = (layer * np.uint32(2654435761) + row) * np.uint32(2654435761) + column
+    expected = np.sum(array.view(np.uint32) * (2 * place + 1), dtype=np.uint32)
+    assert reference["params/layers/q"] == expected
     assert checksums({"q": jnp.asarray(array)})["q"] == reference["params/layers/q"]
     swapped = array.copy()
     swapped[0, 0, [0, 1]] = swapped[0, 0, [1, 0]]
