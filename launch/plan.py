@@ -34,7 +34,7 @@ LOCAL = "local"
 _CODE_WIDTH = 256
 """Width of the image codebook of the released layout (METHOD section 4)."""
 
-_QUIET_COMPILER = {
+QUIET_COMPILER = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--search compiles many steps and --executable writes one; give one of them")
     if args.topology == LOCAL:
         return _compile_here(plain, args)
-    os.environ.update(_QUIET_COMPILER)
+    os.environ.update(QUIET_COMPILER)
     if args.executable:
         result = plan_config(plain, args.topology, args.num_slices, executable=args.executable)
         print(describe(result))

@@ -18,6 +18,7 @@ from aromni_jax.config import MeshConfig
 from aromni_jax.models import attention_kernels
 from aromni_jax.models.attention import attention
 from aromni_jax.models.layers import REMAT_POLICIES
+from launch.plan import QUIET_COMPILER
 from tests.fixtures.source_tree import ROOT
 
 
@@ -190,12 +191,7 @@ assert calls[64] >= 2 and calls[96] == calls[128] == calls[64] + 1, calls
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
 @pytest.mark.slow
 def test_splash_compiles_for_tpu_in_a_scan_with_remat():
-    environment = os.environ | {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+    environment = os.environ | QUIET_COMPILER
     done = subprocess.run(
         [sys.executable, "-c", _COMPILE], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300
     )
