@@ -87,7 +87,7 @@ def _from_export(
     from aromni_jax.interop.chameleon import ChameleonDirectory
 
     opened = ChameleonDirectory(path)
-    config = dataclasses.replace(opened.model, param_dtype=opened.dtype, remat="none")
+    config = dataclasses.replace(opened.model, param_dtype=opened.dtype)
     model = OmniModel.read(
         config, opened.read, opened.vocab, mesh=mesh, weights=weights, max_positions=opened.provenance.max_positions
     )
@@ -101,8 +101,7 @@ def _from_workdir(
     from aromni_jax.models.unstacked import stacked_params
 
     run = SavedRun(path)
-    config = dataclasses.replace(run.model, remat="none")
-    wanted = None
+    config, wanted = run.model, None
     if mesh is not None:
         placed = stacked_params(config, mesh)
         wanted = {name: leaf.update(sharding=placed[name].sharding) for name, leaf in run.params.shapes.items()}

@@ -107,6 +107,8 @@ class OmniModel:
 
 def _in_type(config: ModelConfig, weights: Weights | None) -> tuple[ModelConfig, bool]:
     """The model as it computes with weights of that type, and whether its matrices have 8 bits."""
+    # What the backward pass keeps is training's affair, and the ways that spare its memory know no scales.
+    config = dataclasses.replace(config, remat="none")
     if weights is None or weights == "int8":
         return config, weights == "int8"
     return dataclasses.replace(config, dtype=weights), False

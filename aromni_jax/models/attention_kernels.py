@@ -119,15 +119,15 @@ def cudnn_attention(
         # jax.nn.dot_product_attention, the public name, does not pass these lists on.
         from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-        ends_BM = jnp.pad(starts_BM, ((0, 0), (0, 1)), constant_values=-1)
+        offsets_BM = jnp.pad(starts_BM, ((0, 0), (0, 1)), constant_values=-1)
         out_BLNH: jax.Array = dot_product_attention(
             q_BLNH,
             k_BSKH,
             v_BSKH,
             q_seqlen=lengths_BM,
             kv_seqlen=lengths_BM,
-            q_offsets=ends_BM,
-            kv_offsets=ends_BM,
+            q_offsets=offsets_BM,
+            kv_offsets=offsets_BM,
             scale=q_BLNH.shape[-1] ** -0.5,
             mask_type=MaskType.PADDING_CAUSAL,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -24,7 +23,6 @@ from aromni_jax.inference.streaming import stream_tokens
 from aromni_jax.interop.chameleon import ChameleonDirectory, Provenance, TreeSource, export_chameleon
 from aromni_jax.partitioning import make_mesh
 from aromni_jax.structs import Example, Task
-from launch.plan import QUIET_COMPILER
 from tests.fixtures.small_models import random_params, small_model, small_vocab
 from tests.fixtures.source_tree import ROOT
 from tests.inference.answers import check
@@ -90,6 +88,17 @@ def test_eight_bits_on_eight_devices(config, dtype):
         for name in ("q", "o"):
             assert 2 * held_by([x[name] for x in eight], device) == held_by([x[name] for x in sixteen], device)
     assert many.config.dtype == dtype and halves.config.dtype == "bfloat16"
+
+
+def test_a_model_trained_with_rematerialisation_keeps_its_scales():
+    params = random_params(WIDE)
+    plain, trained = (
+        OmniModel.of(dataclasses.replace(WIDE, remat=remat), params, VOCAB, weights="int8")
+        for remat in ("none", "full")
+    )
+    grammar = grammar_of(Mode(0.0))
+    wanted, found = (generate(model, grammar, prompts(), max_new_tokens=24) for model in (plain, trained))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def held_by(tree, device) -> int:
@@ -165,11 +174,9 @@ def test_an_export_is_read_one_array_at_a_time_and_each_device_gets_its_part(tmp
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_eight_chips_read_an_eighth_of_the_weights_each(weights):
     """Two layers of 7b: a chip has an eighth of the weights, none are gathered, nothing large is copied."""
-    # In a process of its own, because libtpu stays with the first that loads it.
     done = subprocess.run(
         [sys.executable, "-m", "tests.fixtures.compiled_decode", weights],
         cwd=ROOT,
-        env=os.environ | QUIET_COMPILER,
         capture_output=True,
         text=True,
         timeout=300,
