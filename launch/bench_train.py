@@ -22,6 +22,7 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             sides["peer"] = stack.enter_context(started("launch.bench_train_side", arguments))
         libraries = versions("jax", *(("torch", "transformers") if is_beside_peer else ()))
         device = f"{described['device']}, {len(cores)} of {os.cpu_count()} cores; {libraries}"
-        results = _measured(sides, described, args.repeats)
-    for name, result in results.items():
-        result |= {"device": device, "peer_name": PEER_NAME if is_beside_peer else None, "repeats": args.repeats}
-        print(_describe(name, result), flush=True)
+        common = {"device": device, "peer_name": PEER_NAME if is_beside_peer else None, "repeats": args.repeats}
+        results = {}
+        for name, result in zip(_BATCHES, _measured(sides, described, args.repeats), strict=True):
+            results[name] = result | common
+            print(_describe(name, result), flush=True)
+        _tell("the step by its parts")
+        parts, peak = ask(ours, "parts"), results["dense"]["peak_flops"]
+    results["dense"] |= {"parts": _judge(parts, peak), "bound_by": _bound_by(parts, peak)}
+    print(_describe_parts(results["dense"]), flush=True)
     return results
 
 
@@ -120,34 +126,34 @@ def _write_inputs(directory: Path, config: Any, data: str) -> None:
         np.savez(directory / f"{name}.npz", **fields)
 
 
-def _measured(sides: dict[str, Process], described: dict[str, Any], repeats: int) -> dict[str, dict[str, Any]]:
-    """The results of both batches; warm calls of every side first, whose losses say whether both do the same."""
-    steps = [(name, "ours") for name in _BATCHES]
-    if "peer" in sides:
-        steps = [("dense", "ours"), ("dense", "peer"), ("packed", "ours"), *((name, "peer") for name in PADDINGS)]
-    first_losses = {}
-    for name, side in steps:
-        # torch.compile works minutes on rows of a new shape.
-        _tell(f"first steps: {name}, {side}")
-        first_losses[name, side] = [ask(sides[side], name)["loss"] for _ in range(2)]
-    seconds: dict[tuple[str, str], list[float]] = {step: [] for step in steps}
-    positions: dict[tuple[str, str], int] = {}
-    peaks = []
-    for number in range(repeats):
-        for name, side in steps:
-            answer = ask(sides[side], name)
-            _tell(f"round {number + 1} of {repeats}: {name}, {side}: {answer['seconds']:.3f} s")
-            seconds[name, side].append(answer["seconds"])
-            positions[name, side] = answer["positions"]
-        peaks += [ask(process, "peak") for process in sides.values()]
-    peak = max(peaks)
-    parts = ask(sides["ours"], "parts")
-    results = {}
+def _measured(sides: dict[str, Process], described: dict[str, Any], repeats: int) -> Iterator[dict[str, Any]]:
+    """The result of each batch as soon as it is known; warm calls of every side first, whose losses say whether both
+    do the same."""
     for name in _BATCHES:
+        steps = [(name, "ours")]
+        if "peer" in sides:
+            steps += [(question, "peer") for question in (PADDINGS if name == "packed" else [name])]
+        first_losses = {}
+        for step in steps:
+            # torch.compile works minutes on rows of a new shape.
+            _tell(f"first steps: {step[0]}, {step[1]}")
+            first_losses[step] = [ask(sides[step[1]], step[0])["loss"] for _ in range(2)]
+        seconds: dict[tuple[str, str], list[float]] = {step: [] for step in steps}
+        positions: dict[tuple[str, str], int] = {}
+        peaks = []
+        for number in range(repeats):
+            for step in steps:
+                answer = ask(sides[step[1]], step[0])
+                _tell(f"round {number + 1} of {repeats}: {step[0]}, {step[1]}: {answer['seconds']:.3f} s")
+                seconds[step].append(answer["seconds"])
+                positions[step] = answer["positions"]
+            peaks += [ask(process, "peak") for process in sides.values()]
+        peak = max(peaks)
         tokens, flops = described[name]["tokens"], described[name]["flops"]
         rates = {step: tokens / statistics.median(times) for step, times in seconds.items()}
+        fills = {step: tokens / number for step, number in positions.items()}
         ours, peer = rates[name, "ours"], rates.get((name, "peer"))
-        results[name] = {
+        result = {
             "ours": ours,
             "limit": tokens * peak / flops,
             "peer": peer,
@@ -157,22 +163,20 @@ def _measured(sides: dict[str, Process], described: dict[str, Any], repeats: int
             "shape": described["shape"],
             "mfu_peer": peer * flops / (tokens * peak) if peer else None,
             "peak_flops": peak,
-            "fill": tokens / positions[name, "ours"],
-            "fill_peer": tokens / positions[name, "peer"] if peer else None,
+            "fill": fills[name, "ours"],
+            "fill_peer": fills.get((name, "peer")),
         }
-    results["dense"] |= {"parts": _judge(parts, peak), "bound_by": _bound_by(parts, peak)}
-    if "peer" in sides:
-        pairs = zip(first_losses["dense", "ours"], first_losses["dense", "peer"])
-        results["dense"]["largest_loss_difference"] = max(abs(ours - peer) for ours, peer in pairs)
-        milder = rates["micro_batch_padding", "peer"]
-        results["packed"] |= {
-            "peer_micro_batch_padding": milder,
-            "ratio_to_micro_batch_padding": results["packed"]["ours"] / milder,
-            "fill_micro_batch_padding": results["packed"]["fill"]
-            * positions["packed", "ours"]
-            / positions["micro_batch_padding", "peer"],
-        }
-    return results
+        if peer and name == "dense":
+            pairs = zip(first_losses["dense", "ours"], first_losses["dense", "peer"])
+            result["largest_loss_difference"] = max(abs(ours - peer) for ours, peer in pairs)
+        elif peer:
+            milder = ("micro_batch_padding", "peer")
+            result |= {
+                "peer_micro_batch_padding": rates[milder],
+                "ratio_to_micro_batch_padding": ours / rates[milder],
+                "fill_micro_batch_padding": fills[milder],
+            }
+        yield result
 
 
 def _tell(line: str) -> None:
@@ -211,11 +215,13 @@ def _describe(name: str, result: dict[str, Any]) -> str:
         )
     if "largest_loss_difference" in result:
         lines.append(f"  losses of the first two steps differ by at most {result['largest_loss_difference']:.1e}")
-    if "parts" in result:
-        shown = ", ".join(
-            f"{part} {values['seconds']:.2f} s"
-            + (f" ({values['share_of_peak']:.0%} of peak)" if values["share_of_peak"] else "")
-            for part, values in result["parts"].items()
-        )
-        lines.append(f"  the step by its parts: {shown}; most time is lost in {result['bound_by']}")
     return "\n".join(lines)
+
+
+def _describe_parts(result: dict[str, Any]) -> str:
+    shown = ", ".join(
+        f"{part} {values['seconds']:.2f} s"
+        + (f" ({values['share_of_peak']:.0%} of peak)" if values["share_of_peak"] else "")
+        for part, values in result["parts"].items()
+    )
+    return f"the dense step by its parts: {shown}; most time is lost in {result['bound_by']}"

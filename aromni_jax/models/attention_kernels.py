@@ -15,6 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 ATTENDED = "attended"
 """Checkpoint name of what attention returns, and of the log-sum that its backward pass needs besides."""
 
+_CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+"""How jax calls the operation whose results are both, where cuDNN computes them."""
+
 MASKED = -1e30
 """Score of a forbidden pair: finite, so that a row without any allowed key stays a number."""
 
@@ -93,12 +96,12 @@ def cudnn_attention(
     queries_BL: jax.Array,
     keys_BS: jax.Array,
 ) -> jax.Array:
-    """cuDNN's flash attention. Rows of few documents reach it as lists of where each document stands; others with a
-    bias of one number per pair, shared by all heads.
+    """cuDNN's flash attention. Rows of one document each are all it has to know; of few documents it gets lists of
+    where each stands; else a bias of one number per pair, shared by all heads.
 
-    The lists are several times as fast (configs/LOG.md): nothing is read for pairs of two documents. Only GPUs from
-    Hopper on take them, and only whole rows of as many key as query heads; the gradient needs memory for each of
-    `MAX_DOCUMENTS`. The bias is 32 MiB for a row of 4096 tokens.
+    The bias costs several times what the others do (configs/LOG.md): it is read for pairs of two documents too. Only
+    GPUs from Hopper on take the lists, and only whole rows of as many key as query heads; the gradient needs memory for
+    each of `MAX_DOCUMENTS`. The bias is 32 MiB for a row of 4096 tokens.
     """
     has_all_queries = q_BLNH.shape[1] == k_BSKH.shape[1]
 
@@ -111,7 +114,10 @@ def cudnn_attention(
         )
 
     if not has_all_queries or q_BLNH.shape != k_BSKH.shape or not _takes_lists():
-        return checkpoint_name(with_bias(q_BLNH, k_BSKH, v_BSKH), ATTENDED)
+        return with_bias(q_BLNH, k_BSKH, v_BSKH)
+
+    def alone(q_BLNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q_BLNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
 
     starts_BM, lengths_BM, num_documents = document_lists(queries_BL, MAX_DOCUMENTS)
 
@@ -133,8 +139,15 @@ def cudnn_attention(
         )
         return out_BLNH
 
-    out_BLNH = jax.lax.cond(num_documents <= MAX_DOCUMENTS, with_lists, with_bias, q_BLNH, k_BSKH, v_BSKH)
-    return checkpoint_name(out_BLNH, ATTENDED)
+    which = jnp.where(num_documents == 1, 0, jnp.where(num_documents <= MAX_DOCUMENTS, 1, 2))
+    out_BLNH: jax.Array = jax.lax.switch(which, (alone, with_lists, with_bias), q_BLNH, k_BSKH, v_BSKH)
+    return out_BLNH
+
+
+def keep_attended(primitive: Any, *avals: Any, **params: Any) -> Any:
+    """A policy for `jax.checkpoint`: what attention returns and its log-sum stay, whichever way computes them."""
+    is_named = jax.checkpoint_policies.save_only_these_names(ATTENDED)(primitive, *avals, **params)
+    return is_named or primitive.name == _CUDNN_FORWARD
 
 
 def document_lists(segment_ids_BL: jax.Array, max_documents: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -38,7 +38,7 @@ class Decoder(nn.Module):
         )
         layer = DecoderLayer
         if c.remat != "none":
-            layer = nn.remat(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+            layer = nn.remat(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
         self.layers = nn.scan(
             layer,
             variable_axes={"params": 0},

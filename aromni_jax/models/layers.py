@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from aromni_jax.models.attention import attention, cached_attention
-from aromni_jax.models.attention_kernels import ATTENDED
+from aromni_jax.models.attention_kernels import keep_attended
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.gated_down import gated, gated_down, gated_gradients
 from aromni_jax.models.gradient_order import gradients_together
@@ -32,11 +32,13 @@ _TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": _TO_HOST,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, keep_attended
+    ),
+    "attention": keep_attended,
 }
-"""What a layer keeps for its backward pass: nothing but its input ("full"), each matmul with weights ("dots"),
-attention's output; "none" keeps all. "offload" moves the input to host memory until the backward pass."""
+"""What a layer keeps for its backward pass: nothing but its input ("full"), what attention returns ("attention"), that
+and each matmul with weights ("dots"); "none" keeps all. "offload" moves the input to host memory until then."""
 
 KEEP_LAYER_INPUTS = frozenset({"full", "offload"})
 """Policies that are after memory: inside a layer, too, what is cheap is computed again and gradients come in an order
@@ -165,7 +167,8 @@ def _linear(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
 
 
 def _linear_forward(x_BLD: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _linear(x_BLD, w_DF), (x_BLD, w_DF)
+    # Not `_linear` itself: inside that, a policy that keeps matrix products does not see one.
+    return jnp.einsum("BLD,DF->BLF", x_BLD, w_DF), (x_BLD, w_DF)
 
 
 def _linear_backward(saved: tuple[jax.Array, jax.Array], d_out_BLF: jax.Array) -> tuple[jax.Array, jax.Array]:

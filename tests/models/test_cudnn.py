@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aromni_jax.models import attention_kernels
 from aromni_jax.models.attention import attention
 from aromni_jax.models.attention_kernels import MAX_DOCUMENTS, document_lists
+from aromni_jax.models.layers import REMAT_POLICIES
 
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU, or JAX_PLATFORMS leaves it out")
 
@@ -40,14 +42,37 @@ def test_lists_say_where_each_document_stands(rows):
         assert list(zip(starts[row].tolist(), lengths[row].tolist())) == padded
 
 
+@pytest.mark.parametrize("policy", ["dots", "attention"])
+def test_the_backward_pass_does_not_attend_again(policy, monkeypatch):
+    """As jax traces it for a GPU: forward and backward once for each of the three ways to tell cuDNN of documents."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(attention_kernels, "_takes_lists", lambda: True)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_900)
+    monkeypatch.setattr(cudnn, "check_is_flash_attention", lambda *args, **kwargs: None)
+
+    def layer(x, w):
+        q = jnp.tanh(x @ w).reshape(2, 256, 4, 64)
+        return (attention(q, 2 * q, 3 * q, jnp.ones((2, 256), jnp.int32), implementation="cudnn").reshape(x.shape)) @ w
+
+    kept = jax.checkpoint(layer, policy=REMAT_POLICIES[policy])
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 256, 256), (256, 256))]
+    traced = str(jax.make_jaxpr(jax.grad(lambda *args: kept(*args).astype(jnp.float32).sum(), (0, 1)))(*arrays))
+    assert traced.count("dot_product_attention_fwd_wrapper[") == 3
+    assert traced.count("dot_product_attention_bwd_wrapper[") == 3
+
+
 @needs_gpu
-@pytest.mark.parametrize("num_documents", [1, 5, MAX_DOCUMENTS - 1, MAX_DOCUMENTS, 40])
+@pytest.mark.parametrize("num_documents", ["alone", 1, 5, MAX_DOCUMENTS - 1, MAX_DOCUMENTS, 40])
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 def test_cudnn_equals_the_plain_way_on_a_gpu(num_documents, num_kv_heads):
     """bfloat16 against float32: output and gradients within 1 % of their norm, padding included."""
     num_rows, length, num_heads, head_dim = 3, 512, 4, 128
-    rng = np.random.default_rng(num_documents)
-    segments = np.stack([row_of(rng.multinomial(480, [1 / n] * n), length) for n in (num_documents, 2, 1)])
+    rng = np.random.default_rng(0)
+    if num_documents == "alone":
+        segments = np.ones((num_rows, length), np.int32)
+    else:
+        segments = np.stack([row_of(rng.multinomial(480, [1 / n] * n), length) for n in (num_documents, 2, 1)])
     shapes = [(num_rows, length, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)]
     arrays = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
 
