@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--family", choices=tuple(bench_tokenizer.ITEMS), action="append", help="tokenizer: only this one (repeatable)"
     )
-    parser.add_argument("--case", action="append", help="checkpoint: only quickstart, or only 100m")
+    parser.add_argument(
+        "--case", action="append", help="train: only dense, or only packed; checkpoint: only quickstart, or only 100m"
+    )
     parser.add_argument("--data", default="", metavar="DIR", help="train, data: what to read (default: one is made)")
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
     parser.add_argument("--model", default="", metavar="DIR", help="decode: an export (default: random weights)")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aromni_jax.train.observe import Hook
-from launch.bench_sides import versions
+from launch.bench_sides import chosen_cases, versions
 from launch.host_memory import keep_freed_memory_on_cpu
 
 if TYPE_CHECKING:
@@ -76,16 +76,13 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     sequential rate. Needs room on the disk of temporary files for three checkpoints: 3 GB for 100m,
     which takes some minutes and about 8 GB of memory.
     """
-    names = [case.name for case in CASES]
-    unknown = [name for name in args.case or [] if name not in names]
-    if unknown:
-        raise ValueError(f"--case={unknown[0]} is not measured; known: {', '.join(names)}")
+    names = chosen_cases(args.case, [case.name for case in CASES])
     keep_freed_memory_on_cpu()
     device = f"{os.cpu_count()} cores, {platform.machine()}; {versions('jax', 'orbax-checkpoint')}"
     print(device, flush=True)
     results: dict[str, dict[str, Any]] = {}
     for case in CASES:
-        if not args.case or case.name in args.case:
+        if case.name in names:
             for kind, row in _measure(case).items():
                 results[f"{case.name}/{kind}"] = row | {"device": device}
     return results

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 READY = "ready"
@@ -37,6 +37,14 @@ def available_cores(wanted: int | None, default: int | None = None) -> list[int]
 def has_peer(is_left_out: bool) -> bool:
     """Whether the side in torch is wanted and installed."""
     return not is_left_out and all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+
+
+def chosen_cases(wanted: Sequence[str] | None, cases: Sequence[str]) -> list[str]:
+    """The cases that `--case` names, or all; ValueError for a name that is none of them."""
+    for name in wanted or ():
+        if name not in cases:
+            raise ValueError(f"--case={name} is not measured; known: {', '.join(cases)}")
+    return [name for name in cases if not wanted or name in wanted]
 
 
 def versions(*libraries: str) -> str:

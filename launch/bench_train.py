@@ -22,13 +22,13 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from launch.bench_sides import Process, ask, available_cores, has_peer, started, versions
+from launch.bench_sides import Process, ask, available_cores, chosen_cases, has_peer, started, versions
 from launch.flags import load_config
 
 DEFAULT_CONFIG = "configs/bench.py"
@@ -41,13 +41,15 @@ PADDINGS = {"packed": 16, "micro_batch_padding": MICRO_BATCH}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints the table; returns {"dense": result, "packed": result} under the keys of `aromni bench --json`.
+    """Prints the table; returns {"dense": result, "packed": result} under the keys of `aromni bench --json`, with
+    `--case` only one of them.
 
     Without a peer (`--no_peer`, or no torch and transformers) its figures are None.
 
     Raises:
-      ValueError: the config does not suit a run without a vocabulary of its own, or a side stopped.
+      ValueError: the config does not suit a run without a vocabulary of its own, no such case, or a side stopped.
     """
+    names = chosen_cases(args.case, _BATCHES)
     config = _config(args)
     cores = available_cores(args.num_cores)
     is_beside_peer = has_peer(args.no_peer)
@@ -66,13 +68,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         device = f"{described['device']}, {len(cores)} of {os.cpu_count()} cores; {libraries}"
         common = {"device": device, "peer_name": PEER_NAME if is_beside_peer else None, "repeats": args.repeats}
         results = {}
-        for name, result in zip(_BATCHES, _measured(sides, described, args.repeats), strict=True):
-            results[name] = result | common
-            print(_describe(name, result), flush=True)
-        _tell("the step by its parts")
-        parts, peak = ask(ours, "parts"), results["dense"]["peak_flops"]
-    results["dense"] |= {"parts": _judge(parts, peak), "bound_by": _bound_by(parts, peak)}
-    print(_describe_parts(results["dense"]), flush=True)
+        for name in names:
+            results[name] = _measured(name, sides, described[name], args.repeats)
+            results[name] |= common | {"shape": described["shape"]}
+            print(_describe(name, results[name]), flush=True)
+        if "dense" in names:
+            _tell("the step by its parts")
+            parts, peak = ask(ours, "parts"), results["dense"]["peak_flops"]
+            results["dense"] |= {"parts": _judge(parts, peak), "bound_by": _bound_by(parts, peak)}
+            print(_describe_parts(results["dense"]), flush=True)
     return results
 
 
@@ -126,62 +130,58 @@ def _write_inputs(directory: Path, config: Any, data: str) -> None:
         np.savez(directory / f"{name}.npz", **fields)
 
 
-def _measured(sides: dict[str, Process], described: dict[str, Any], repeats: int) -> Iterator[dict[str, Any]]:
-    """The result of each batch as soon as it is known; warm calls of every side first, whose losses say whether both
-    do the same."""
-    for name in _BATCHES:
-        steps = [(name, "ours")]
-        if "peer" in sides:
-            steps += [(question, "peer") for question in (PADDINGS if name == "packed" else [name])]
-        first_losses = {}
-        for step in steps:
-            # torch.compile works minutes on rows of a new shape.
-            _tell(f"first steps: {step[0]}, {step[1]}")
-            first_losses[step] = [ask(sides[step[1]], step[0])["loss"] for _ in range(2)]
-        seconds: dict[tuple[str, str], list[float]] = {step: [] for step in steps}
-        positions: dict[tuple[str, str], int] = {}
-        peaks = []
-        for number in range(repeats):
-            for step in steps:
-                answer = ask(sides[step[1]], step[0])
-                _tell(f"round {number + 1} of {repeats}: {step[0]}, {step[1]}: {answer['seconds']:.3f} s")
-                seconds[step].append(answer["seconds"])
-                positions[step] = answer["positions"]
-            peaks += [ask(process, "peak") for process in sides.values()]
-        peak = max(peaks)
-        tokens, flops = described[name]["tokens"], described[name]["flops"]
-        rates = {step: tokens / statistics.median(times) for step, times in seconds.items()}
-        fills = {step: tokens / number for step, number in positions.items()}
-        ours, peer = rates[name, "ours"], rates.get((name, "peer"))
-        result = {
-            "ours": ours,
-            "limit": tokens * peak / flops,
-            "peer": peer,
-            "ratio_to_limit": ours * flops / (tokens * peak),
-            "ratio_to_peer": ours / peer if peer else None,
-            "unit": "useful tokens/s",
-            "shape": described["shape"],
-            "mfu_peer": peer * flops / (tokens * peak) if peer else None,
-            "peak_flops": peak,
-            "fill": fills[name, "ours"],
-            "fill_peer": fills.get((name, "peer")),
+def _measured(name: str, sides: dict[str, Process], counted: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """The result of one batch; warm calls of every side first, whose losses say whether both do the same."""
+    steps = [(name, "ours")]
+    if "peer" in sides:
+        steps += [(question, "peer") for question in (PADDINGS if name == "packed" else [name])]
+    first_losses = {}
+    for question, side in steps:
+        # torch.compile works a minute or more.
+        _tell(f"first steps: {question}, {side}")
+        first_losses[question, side] = [ask(sides[side], question)["loss"] for _ in range(2)]
+    seconds: dict[tuple[str, str], list[float]] = {step: [] for step in steps}
+    positions: dict[tuple[str, str], int] = {}
+    peaks = []
+    for number in range(repeats):
+        for question, side in steps:
+            answer = ask(sides[side], question)
+            _tell(f"round {number + 1} of {repeats}: {question}, {side}: {answer['seconds']:.3f} s")
+            seconds[question, side].append(answer["seconds"])
+            positions[question, side] = answer["positions"]
+        peaks += [ask(process, "peak") for process in sides.values()]
+    peak, tokens, flops = max(peaks), counted["tokens"], counted["flops"]
+    rates = {step: tokens / statistics.median(times) for step, times in seconds.items()}
+    fills = {step: tokens / number for step, number in positions.items()}
+    ours, peer = rates[name, "ours"], rates.get((name, "peer"))
+    result = {
+        "ours": ours,
+        "limit": tokens * peak / flops,
+        "peer": peer,
+        "ratio_to_limit": ours * flops / (tokens * peak),
+        "ratio_to_peer": ours / peer if peer else None,
+        "unit": "useful tokens/s",
+        "mfu_peer": peer * flops / (tokens * peak) if peer else None,
+        "peak_flops": peak,
+        "fill": fills[name, "ours"],
+        "fill_peer": fills.get((name, "peer")),
+    }
+    if peer and name == "dense":
+        pairs = zip(first_losses[name, "ours"], first_losses[name, "peer"])
+        result["largest_loss_difference"] = max(abs(ours - peer) for ours, peer in pairs)
+    elif peer:
+        milder = ("micro_batch_padding", "peer")
+        result |= {
+            "peer_micro_batch_padding": rates[milder],
+            "ratio_to_micro_batch_padding": ours / rates[milder],
+            "fill_micro_batch_padding": fills[milder],
         }
-        if peer and name == "dense":
-            pairs = zip(first_losses["dense", "ours"], first_losses["dense", "peer"])
-            result["largest_loss_difference"] = max(abs(ours - peer) for ours, peer in pairs)
-        elif peer:
-            milder = ("micro_batch_padding", "peer")
-            result |= {
-                "peer_micro_batch_padding": rates[milder],
-                "ratio_to_micro_batch_padding": ours / rates[milder],
-                "fill_micro_batch_padding": fills[milder],
-            }
-        yield result
+    return result
 
 
 def _tell(line: str) -> None:
     """Progress, apart from the table."""
-    print(line, file=sys.stderr, flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def _judge(parts: dict[str, dict[str, float]], peak: float) -> dict[str, dict[str, Any]]:

@@ -33,11 +33,14 @@ class ChameleonTrainer:
             directory, dtype=torch.float32, attn_implementation="sdpa"
         )
         self._model = model.to(device).train()
-        self._decoder = self._any_shape = self._model.model
+        self._decoder, self._layers = self._model.model, self._model.model.layers
+        self._layers_of_any_shape = self._layers
         if device != "cpu":
-            # Padded batches have a shape each, which to compile apart would take most of an hour.
             self._decoder = torch.compile(self._model.model)
-            self._any_shape = torch.compile(self._model.model, dynamic=True)
+            # Padded batches have a shape each: layers that take any, compiled once for all of them.
+            self._layers_of_any_shape = torch.nn.ModuleList(
+                torch.compile(layer, dynamic=True) for layer in self._layers
+            )
         self._parameters = [
             parameter for name, parameter in self._model.named_parameters() if not name.startswith("model.vqmodel.")
         ]
@@ -64,7 +67,9 @@ class ChameleonTrainer:
     def step(self, micro_batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
         """One update from all micro-batches of (inputs, targets), integers [B, L]; returns the mean loss before it."""
         micro_batches = list(micro_batches)
-        decoder = self._decoder if len({inputs.shape for inputs, _ in micro_batches}) == 1 else self._any_shape
+        is_one_shape = len({inputs.shape for inputs, _ in micro_batches}) == 1
+        decoder = self._decoder if is_one_shape else self._model.model
+        self._model.model.layers = self._layers if is_one_shape else self._layers_of_any_shape
         weight = sum(int((targets_BL != _IGNORED).sum()) for _, targets_BL in micro_batches)
         total = torch.zeros((), device=self._device)
         for inputs_BL, targets_BL in micro_batches:

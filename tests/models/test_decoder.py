@@ -121,3 +121,24 @@ def test_rows_split_over_the_context_axis_change_no_gradient():
     have = jax.jit(partitioning.on_mesh(gradient(split), mesh))(params, *ids)
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest, rtol=1e-5), have, want)
+
+
+def traced_gradient(**changes):
+    """The gradient of a decoder with blocked attention, traced for two rows of 256."""
+    _, decoder, params = build(attention="blocked", **changes)
+    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+
+    def loss(params, *args):
+        return decoder.apply({"params": params}, *args).astype(jnp.float32).mean()
+
+    return jax.jit(jax.grad(loss)).trace(params, ids, ids, ids)
+
+
+def test_remat_that_keeps_matrix_products_computes_none_again():
+    products = {remat: str(traced_gradient(remat=remat).jaxpr).count(" dot_general[") for remat in ("none", "dots")}
+    assert products["dots"] == products["none"] > 0
+
+
+def test_unrolled_layers_keep_their_remat():
+    """A scan keeps what is computed again apart; without it the compiler would merge it with the first time."""
+    assert "optimization_barrier" in traced_gradient(remat="dots", scan_layers=False).lower().as_text()
