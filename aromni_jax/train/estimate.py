@@ -216,10 +216,8 @@ def _recomputed_flops(model: ModelConfig, num_tokens: float, num_pairs: float) -
     projections = 4.0 * c.num_layers * c.d_model * (c.num_heads + c.num_kv_heads) * c.head_dim * num_tokens
     mlp = 6.0 * c.num_layers * c.d_model * c.mlp_dim * num_tokens
     scores = 4.0 * c.num_layers * c.num_heads * c.head_dim * num_pairs
-    if c.remat == "none":
+    if c.remat in ("none", "dots"):
         return logits
-    if c.remat == "dots":
-        return logits + scores
     if c.remat == "attention":
         return logits + projections + mlp
     return logits + mlp + projections + scores
