@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import dataclasses
 import difflib
 import importlib.util
 import pathlib
@@ -64,16 +65,35 @@ def _keys_of(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _with_model_fields(config: Any) -> dict[str, Any]:
+    """`_keys_of`, and the fields of the model that the config leaves to its size, with their values there."""
+    from aromni_jax.models.config import ModelConfig, named_size
+
+    found = _keys_of(config)
+    if "model" in found:
+        size = config.model if isinstance(config.model, str) else config.model.get("size")
+        fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+        fields |= {"size": size, **named_size(size)} if size else {}
+        named = {f"model.{name}": value for name, value in fields.items() if value is not dataclasses.MISSING}
+        found = named | found
+    return found
+
+
 def _override(config: Any, key: str, text: str) -> None:
     """Sets one key of `config` from the text after `=`; a group is replaced whole, by a literal or the word it is."""
     from ml_collections import ConfigDict
 
-    current = _keys_of(config)[key]
+    current = _with_model_fields(config)[key]
     value: Any = text
     if not isinstance(current, str) or text.startswith("{"):
         with contextlib.suppress(SyntaxError, ValueError):
             value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     *parents, name = key.split(".")
+    if parents == ["model"]:
+        # Whatever of the model is not written comes from its size: the same model, with one more field.
+        model = {"size": config.model} if isinstance(config.model, str) else config.model.to_dict()
+        with config.ignore_type():
+            config.model = ConfigDict(model | {name: current})
     for parent in parents:
         config = config[parent]
     try:
@@ -90,7 +110,8 @@ def load_config(args: argparse.Namespace) -> Any:
     """The ConfigDict of `args.config` with `args.config_overrides` applied.
 
     A group such as `data.mixture` is replaced whole: by a word (`synthetic`) or by a literal
-    (`--config.data.mixture="{'mine': {'path': 'data/mine', 'weight': 1.0}}"`).
+    (`--config.data.mixture="{'mine': {'path': 'data/mine', 'weight': 1.0}}"`). Every field of the model is a key, also
+    where the config names only its size (`--config.model.remat=offload`).
 
     Raises:
       ValueError: no such file, a variant it does not know, an unknown key (with the nearest one) or a mistyped value.
@@ -98,7 +119,7 @@ def load_config(args: argparse.Namespace) -> Any:
     config = read_config(args.config)
     for override in args.config_overrides:
         key, equals, text = override.removeprefix("--config.").partition("=")
-        known = _keys_of(config)
+        known = _with_model_fields(config)
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"

@@ -23,6 +23,16 @@ def test_overrides_keep_types(tmp_path, monkeypatch):
     assert mixture.shuffle is False
 
 
+def test_every_field_of_the_model_is_a_key():
+    """`model = "7b"` names a size, a mapping may start from one: fields that neither writes have those of the size."""
+    assert load("configs/pretrain.py:7b", "--config.model.remat=offload").model.to_dict() == {
+        "size": "7b",
+        "remat": "offload",
+    }
+    unrolled = load("configs/bench.py:1b", "--config.model.num_layers=2", "--config.model.attention=blocked").model
+    assert (unrolled.size, unrolled.num_layers, unrolled.attention) == ("1b", 2, "blocked")
+
+
 @pytest.mark.parametrize(
     "config, override, message",
     [
@@ -32,6 +42,8 @@ def test_overrides_keep_types(tmp_path, monkeypatch):
         ("configs/pretrain.py:debug", "--config.optimizer.learning_rat=1", "did you mean 'optimizer.learning_rate'"),
         ("configs/pretrain.py:debug", "--config.total_steps=soon", "must be of type int, not 'soon'"),
         ("configs/pretrain.py:debug", "--config.total_steps", "give a value"),
+        ("configs/pretrain.py:debug", "--config.model.num_layers=few", "must be of type int, not 'few'"),
+        ("configs/pretrain.py:debug", "--config.model.remmat=full", "did you mean 'model.remat'"),
     ],
 )
 def test_wrong_configs_say_what_to_do(config, override, message):
