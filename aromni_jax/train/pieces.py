@@ -19,7 +19,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from typing import Any, get_args, get_type_hints
 
 from orbax.checkpoint import v1 as ocp
@@ -124,9 +124,7 @@ class Pieces:
         if time.thread_time() - getattr(self._thread, "worked", 0.0) > _WORK_SECONDS:
             self.rest()
 
-    def _make_task(
-        self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], **options: Any
-    ) -> asyncio.Task[Any]:
+    def _make_task(self, loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
         """A task that pauses before it begins, and with it the whole loop."""
 
         async def paused() -> Any:
