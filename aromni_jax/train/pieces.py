@@ -24,7 +24,7 @@ from typing import Any, get_args, get_type_hints
 
 from orbax.checkpoint import v1 as ocp
 
-PIECE_BYTES = 2 * 2**20
+PIECE_BYTES = 64 * 2**20
 """Arrays are written together up to this size; a larger one alone."""
 
 _REST = 2.0
