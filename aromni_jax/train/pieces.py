@@ -3,12 +3,18 @@
 Written files stay in the system's memory. A whole checkpoint at once needs that much of it, fresh and cleared: on a
 virtual machine, whose host may first have to find it too, this was most of the processors' time for a save
 (configs/LOG.md). Nobody reads a checkpoint back soon, so each piece leaves memory once it is on disk, and the next one
-takes its place. Between pieces the writer rests, and its work is spread over several steps.
+takes its place.
+
+Most of the work of saving a small state is Orbax's Python, about a millisecond an array, and even threads of the lowest
+priority take time from a step whose threads wait for each other. So the writer rests between pieces and also within
+them, and its work is spread over many steps.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import math
 import os
 import pathlib
 import threading
@@ -22,7 +28,16 @@ PIECE_BYTES = 64 * 2**20
 """Arrays are written together up to this size; a larger one alone."""
 
 _REST = 2.0
-"""A rest takes this much of the time of the piece before it: a save takes three times as long."""
+"""The rest after a piece takes this much of the time of its writing: a large save takes three times as long."""
+
+_WORK_SECONDS = 0.001
+"""A thread that has computed this long for a save rests when it next may, ..."""
+
+_REST_SECONDS = 0.04
+"""... this long, which is about a step of a small model."""
+
+_SHARE_WITH_RESTS = 0.75
+"""Rests end after this share of the time between the last two saves, so that the next one need not wait."""
 
 
 def _find_priority() -> Any:
@@ -54,24 +69,32 @@ def forget(files: Iterable[pathlib.Path]) -> None:
 
 
 class Pieces:
-    """What Orbax calls, in the thread that writes, before and after each piece of a save; its option
-    `memory_options.serialization_status_callback`."""
+    """When a save rests. Also what Orbax calls, in the threads that write, before and after each piece of a save; its
+    option `memory_options.serialization_status_callback`."""
 
     def __init__(self) -> None:
         self._hurry = threading.Event()
         self._folder = pathlib.Path()
+        self._started: float | None = None
+        self._last_rest = math.inf
         self._begin: float | None = None
-        self._rest_seconds = 0.0
+        self._rested_seconds = 0.0
         self._is_first = True
         self._files: set[pathlib.Path] = set()
+        self._loop_thread = 0
+        self._thread = threading.local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pieces:
         """Itself: Orbax copies its options, and is to go on calling this one."""
         return self
 
     def start(self, unfinished: pathlib.Path, is_awaited: bool) -> None:
-        """Before a save whose files are below `unfinished` until it is whole; `is_awaited`: somebody waits for it."""
-        self._folder, self._begin, self._rest_seconds = unfinished, None, 0.0
+        """Before a save whose files are below `unfinished` until it is whole, in the thread of the loop, which itself
+        never rests; `is_awaited`: somebody waits for it."""
+        now = time.monotonic()
+        self._last_rest = math.inf if self._started is None else now + _SHARE_WITH_RESTS * (now - self._started)
+        self._started, self._loop_thread = now, threading.get_ident()
+        self._folder, self._begin = unfinished, None
         self._is_first = True
         self._files.clear()
         if is_awaited:
@@ -83,8 +106,36 @@ class Pieces:
         """Ends the rest and those to come: somebody waits for the save."""
         self._hurry.set()
 
+    def rest(self, seconds: float = _REST_SECONDS) -> None:
+        """Keeps a thread that writes waiting, unless the save is in a hurry."""
+        begin = time.monotonic()
+        if threading.get_ident() != self._loop_thread:
+            self._hurry.wait(max(min(begin + seconds, self._last_rest) - begin, 0.0))
+        self._thread.worked = time.thread_time()
+        self._rested_seconds += time.monotonic() - begin
+
+    def pause(self) -> None:
+        """To be called often between small parts of a save: rests if this thread has worked for long enough."""
+        if self._hurry.is_set() or threading.get_ident() == self._loop_thread:
+            return
+        with contextlib.suppress(RuntimeError):
+            # Orbax writes all arrays of a piece in tasks of one event loop, of a thread of its own.
+            asyncio.get_running_loop().set_task_factory(self._make_task)
+        if time.thread_time() - getattr(self._thread, "worked", 0.0) > _WORK_SECONDS:
+            self.rest()
+
+    def _make_task(self, loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+        """A task that pauses before it begins, and with it the whole loop."""
+
+        async def paused() -> Any:
+            self.pause()
+            return await coroutine
+
+        return asyncio.Task(paused(), loop=loop, **options)
+
     def key_priority(self, keypath: Any) -> Any:
         """The first array a piece of its own, which Orbax warns without; the others when their turn comes."""
+        self.pause()
         is_first, self._is_first = self._is_first, False
         return _PRIORITY.SYNCHRONOUS if is_first else _PRIORITY.ASYNCHRONOUS_PRIORITIZED
 
@@ -94,8 +145,8 @@ class Pieces:
     def on_transfer_end(self, keypath: Any) -> None:
         """Before a piece is written: called for each of its arrays."""
         if self._begin is None:
-            self._hurry.wait(self._rest_seconds)
-            self._begin = time.monotonic()
+            self._begin, self._rested_seconds = time.monotonic(), 0.0
+        self.pause()
 
     def on_write_start(self, keypath: Any) -> None:
         """Orbax does not call it yet."""
@@ -106,4 +157,6 @@ class Pieces:
             written = {file for file in self._folder.rglob("d/*") if file not in self._files}
             forget(written)
             self._files |= written
-            self._rest_seconds, self._begin = _REST * (time.monotonic() - self._begin), None
+            worked = time.monotonic() - self._begin - self._rested_seconds
+            self._begin = None
+            self.rest(max(_REST * worked, _REST_SECONDS))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
+import pathlib
 import shutil
+import threading
 import time
 
 import jax
@@ -137,6 +140,50 @@ def test_writes_in_pieces_and_rests_between_them_until_somebody_waits(tmp_path, 
     assert len(list((tmp_path / "checkpoints" / "1").rglob("ocdbt.process_0/d/*"))) >= len(state)
     assert checkpointer.restore_latest(abstract(state), accept)[0] == 1
     checkpointer.close()
+
+
+def test_rests_within_pieces_and_never_in_the_thread_of_the_loop(tmp_path, monkeypatch):
+    """With rests without end every small part of the work is one; only whoever trains goes on at once."""
+    monkeypatch.setattr(pieces, "_WORK_SECONDS", -1.0)
+    rested = []
+    monkeypatch.setattr(pieces.Pieces, "rest", lambda self, *seconds: rested.append((threading.get_ident(), seconds)))
+    with contextlib.closing(Checkpointer(tmp_path, ASYNC)) as saver:
+        state = state_on(mesh_of(1, 1))
+        saver.save(1, state, facts())
+        # Nobody hurries it meanwhile.
+        deadline = time.monotonic() + 30
+        while 1 not in saver.steps() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threading.get_ident() not in {thread for thread, _ in rested}
+        # One rest at least before each array is written in its task, one after each piece.
+        assert sum(not seconds for _, seconds in rested) > len(named_leaves(state))
+        assert any(seconds for _, seconds in rested)
+        found = saver.restore_latest(abstract(state), lambda _: None)
+    assert found is not None
+    jax.tree.map(np.testing.assert_array_equal, found[1], state)
+
+
+def test_rests_end_before_the_next_save_is_due(monkeypatch):
+    clock, waited = [100.0], []
+    monkeypatch.setattr(pieces.time, "monotonic", lambda: clock[0])
+    resting = pieces.Pieces()
+    monkeypatch.setattr(resting._hurry, "wait", waited.append)
+
+    def rest_at(seconds: float) -> None:
+        clock[0] = seconds
+        thread = threading.Thread(target=resting.rest, args=(6.0,))
+        thread.start()
+        thread.join()
+
+    resting.start(pathlib.Path(), is_awaited=False)
+    rest_at(105.0)
+    clock[0] = 110.0
+    resting.start(pathlib.Path(), is_awaited=False)
+    rest_at(111.0)
+    rest_at(115.0)
+    rest_at(118.0)
+    resting.rest(6.0)
+    assert waited == [6.0, 6.0, 2.5, 0.0]
 
 
 def test_keeps_the_newest_and_every_nth(tmp_path):
