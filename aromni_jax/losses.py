@@ -159,7 +159,8 @@ def _blocked_backward(
         probability_BLW = jnp.exp(_logits(hidden_BLD, table_WD, bias_W) - log_z_BL[..., None])
         d_target_BLW = jnp.where(ids_W == targets_BL[..., None], d_target_logit_BL[..., None], 0)
         d_logits_BLW = (probability_BLW * d_log_z_BL[..., None] + d_target_BLW).astype(hidden_BLD.dtype)
-        d_table_WD = jnp.einsum("BLW,BLD->WD", d_logits_BLW, hidden_BLD)
+        # XLA on CPUs turns the left operand around, and the other one is far larger.
+        d_table_WD = jnp.einsum("BLD,BLW->DW", hidden_BLD, d_logits_BLW).T
         d_hidden_BLD += jnp.einsum("BLW,WD->BLD", d_logits_BLW, table_WD, preferred_element_type=jnp.float32)
         return constrain(d_hidden_BLD, "batch", "length", None), constrain(d_table_WD, "vocab", "embed")
 
