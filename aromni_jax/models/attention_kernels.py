@@ -251,7 +251,8 @@ def _blocked_backward(saved: tuple[Any, ...], d_out_BNLH: jax.Array) -> tuple[ja
     q_BNLH, k_BNSH, v_BNSH, places, out_BNLH, log_z_BNL1 = saved
     length, scale, dtype = k_BNSH.shape[2], q_BNLH.shape[-1] ** -0.5, q_BNLH.dtype
     inner_BNL1 = jnp.sum(out_BNLH.astype(jnp.float32) * d_out_BNLH.astype(jnp.float32), axis=-1, keepdims=True)
-    d_q, d_k_BNHS, d_v_BNHS = [], jnp.zeros(()), jnp.zeros(())
+    d_q = []
+    d_k_BNHS = d_v_BNHS = jnp.zeros((*k_BNSH.shape[:2], k_BNSH.shape[3], length), jnp.float32)
     for start, stop, num_keys in _blocks(q_BNLH.shape[2], length):
         scores_BNLS = _block_scores(q_BNLH, k_BNSH, places, start, stop, num_keys)
         weights_BNLS = jnp.exp(scores_BNLS - log_z_BNL1[:, :, start:stop])
@@ -260,12 +261,17 @@ def _blocked_backward(saved: tuple[Any, ...], d_out_BNLH: jax.Array) -> tuple[ja
         d_scores = (weights_BNLS * (d_weights - inner_BNL1[:, :, start:stop]) * scale).astype(dtype)
         d_q.append(jnp.einsum("BNLS,BNSH->BNLH", d_scores, k_BNSH[:, :, :num_keys]))
         # Summed as [H, S]: the big operand is then never transposed, which is slow on CPU.
-        padding = ((0, 0), (0, 0), (0, 0), (0, length - num_keys))
         d_k = jnp.einsum("BNLH,BNLS->BNHS", q_BNLH[:, :, start:stop], d_scores, preferred_element_type=jnp.float32)
         d_v = jnp.einsum("BNLH,BNLS->BNHS", d_out, weights_BNLS.astype(dtype), preferred_element_type=jnp.float32)
-        d_k_BNHS, d_v_BNHS = d_k_BNHS + jnp.pad(d_k, padding), d_v_BNHS + jnp.pad(d_v, padding)
+        d_k_BNHS, d_v_BNHS = _add_to_first(d_k_BNHS, d_k), _add_to_first(d_v_BNHS, d_v)
     d_k_BNSH, d_v_BNSH = (x.swapaxes(2, 3).astype(dtype) for x in (d_k_BNHS, d_v_BNHS))
     return jnp.concatenate(d_q, axis=2), d_k_BNSH, d_v_BNSH, None
+
+
+def _add_to_first(total_BNHS: jax.Array, part_BNHT: jax.Array) -> jax.Array:
+    """Adds to the first T of S keys, in place: a sum of padded parts would be left to whoever reads it."""
+    first_BNHT = total_BNHS[..., : part_BNHT.shape[3]] + part_BNHT
+    return jax.lax.dynamic_update_slice_in_dim(total_BNHS, first_BNHT, 0, axis=3)
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
