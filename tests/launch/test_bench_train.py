@@ -62,3 +62,8 @@ def test_both_sides_train_to_the_same_losses(tmp_path, monkeypatch, capfd):
 def test_more_cores_than_there_are(capsys):
     assert cli.run("bench", ["train", "--num_cores=4096"]) == 1
     assert "--num_cores must be in 1.." in capsys.readouterr().err
+
+
+def test_a_case_that_is_not_measured(capsys):
+    assert cli.run("bench", ["train", "--case=quickstart"]) == 1
+    assert "--case=quickstart is not measured; known: dense, packed" in capsys.readouterr().err
