@@ -53,6 +53,10 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 _SWITCH_SECONDS = 0.0005
 """After this long a thread of Python gives way to another that waits (5 ms is usual)."""
 
+_ONE_BEGINS = threading.Lock()
+"""Held while Orbax begins to save or to load. It numbers what it does in one variable of the process: two that begin at
+once take each other's signals for their own, and wait for ever or write into a folder that is not there yet."""
+
 
 class DamagedCheckpoint(Exception):
     """A checkpoint that exists but cannot be read as what was written."""
@@ -156,7 +160,7 @@ class SavedStep:
         failure: Exception | None = None
         arrays: dict[str, jax.Array] = {}
         try:
-            with _quiet(), context(partial=True):
+            with _quiet(), _ONE_BEGINS, context(partial=True):
                 arrays = named_leaves(ocp.load_checkpointables(self.path, {"state": nested(wanted)})["state"])
         except Exception as error:
             failure = error
@@ -273,14 +277,17 @@ class Checkpointer:
         def write_local(local: LocalTier) -> None:
             local.write(step, snapshot.named, said, sums())
 
-        def write_shared(save: Callable[..., Any]) -> Any:
+        def begin_shared() -> Any:
             metadata = {"facts": said, "checksums": sums()}
             # The step that saves has already computed the copy.
             self._pieces.rest()
-            started = save(step, {"state": nested(snapshot.named)}, custom_metadata=metadata)
-            if not started:
+            with _ONE_BEGINS:
+                begun = self._orbax.save_checkpointables_async(
+                    step, {"state": nested(snapshot.named)}, custom_metadata=metadata
+                )
+            if not begun:
                 raise RuntimeError(f"Orbax did not save step {step} below {self.directory}, after {self._orbax.latest}")
-            return started
+            return begun
 
         self._writing.append(self._thread.submit(before))
         if not self._config.asynchronous or jax.process_count() > 1:
@@ -288,11 +295,9 @@ class Checkpointer:
         if is_local and self._local:
             self._writing.append(self._thread.submit(write_local, self._local))
         if is_shared and self._config.asynchronous and jax.process_count() == 1:
-            self._writing.append(self._thread.submit(write_shared, self._orbax.save_checkpointables))
-        elif is_shared and self._config.asynchronous:
-            self._writing.append(write_shared(self._orbax.save_checkpointables_async))
+            self._writing.append(self._thread.submit(lambda: begin_shared().result()))
         elif is_shared:
-            write_shared(self._orbax.save_checkpointables)
+            self._writing.append(begin_shared())
         if not self._config.asynchronous:
             self.wait()
 

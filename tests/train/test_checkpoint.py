@@ -186,6 +186,21 @@ def test_rests_end_before_the_next_save_is_due(monkeypatch):
     assert waited == [6.0, 6.0, 2.5, 0.0]
 
 
+def test_runs_of_one_process_save_at_the_same_time(tmp_path):
+    """Orbax numbers saves by process, not by run (seen: waits for ever, folders made twice)."""
+    runs = [tmp_path / name for name in "abc"]
+    with contextlib.ExitStack() as stack:
+        savers = [stack.enter_context(contextlib.closing(Checkpointer(run, ASYNC))) for run in runs]
+        for step in range(1, 6):
+            for saver in savers:
+                saver.save(step, state_on(mesh_of(1), step), facts(step))
+        for saver in savers:
+            saver.wait()
+            step, restored, _ = saver.restore_latest(abstract(state_on(mesh_of(1))), accept)
+            assert step == 5
+            assert_equal(restored, state_on(mesh_of(1), 5))
+
+
 def test_keeps_the_newest_and_every_nth(tmp_path):
     config = CheckpointConfig(save_every_steps=1, keep_last=2, keep_every_steps=3, asynchronous=False)
     save_steps(tmp_path, range(1, 9), mesh_of(1), config)

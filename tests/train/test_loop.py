@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -108,34 +109,33 @@ def train(workdir, config=None, hooks=(), bad=(), evaluate=None, step=toy_step, 
     """One start of a run, fresh or resumed; returns (result, batches)."""
     config = config or config_of()
     batches = batches or CountedBatches(bad)
-    checkpointer = Checkpointer(workdir, config.checkpoint)
-    state = {"params": {"sum": jnp.float32(0)}}
-    window, first_step = MetricsWindow(), 0
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    restored = checkpointer.restore_latest(abstract, lambda _: None)
-    if restored:
-        first_step, state, found = restored
-        batches.restore(found.data_position)
-        window = MetricsWindow.from_json(found.metrics_window)
-    loop = TrainLoop(
-        config=config,
-        step=step,
-        learning_rate=lambda step: jnp.float32(0.1 * (step + 1)),
-        load=load,
-        batches=batches,
-        place=jnp.asarray,
-        checkpointer=checkpointer,
-        facts=facts,
-        window=window,
-        hooks=[MetricsFiles(workdir, first_step), *hooks],
-        evaluate=evaluate,
-        flops=lambda tokens, pairs: tokens,
-        peak_flops=1.0,
-        watchdog=Watchdog(workdir, seconds=0),
-        started=time.monotonic(),
-    )
-    result = loop.run(state, first_step)
-    checkpointer.close()
+    with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpointer:
+        state = {"params": {"sum": jnp.float32(0)}}
+        window, first_step = MetricsWindow(), 0
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        restored = checkpointer.restore_latest(abstract, lambda _: None)
+        if restored:
+            first_step, state, found = restored
+            batches.restore(found.data_position)
+            window = MetricsWindow.from_json(found.metrics_window)
+        loop = TrainLoop(
+            config=config,
+            step=step,
+            learning_rate=lambda step: jnp.float32(0.1 * (step + 1)),
+            load=load,
+            batches=batches,
+            place=jnp.asarray,
+            checkpointer=checkpointer,
+            facts=facts,
+            window=window,
+            hooks=[MetricsFiles(workdir, first_step), *hooks],
+            evaluate=evaluate,
+            flops=lambda tokens, pairs: tokens,
+            peak_flops=1.0,
+            watchdog=Watchdog(workdir, seconds=0),
+            started=time.monotonic(),
+        )
+        result = loop.run(state, first_step)
     return result, batches
 
 
