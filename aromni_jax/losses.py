@@ -1,14 +1,14 @@
-"""The objective as sums and weights: next-token loss and z-loss in blocks of the vocabulary, perceptual alignment.
+"""The objective as sums and weights: next-token loss and z-loss without all logits at once, perceptual alignment.
 
 Nothing here divides by a weight: a sum and its weight are returned, added over chunks, microbatches and devices by the
-caller, and divided once (`WeightedSum.mean`). The loss owns the unembedding, so logits exist for one block at a time.
+caller, and divided once (`WeightedSum.mean`). The loss owns the unembedding, so logits exist for a part at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,14 @@ INVALID_LOGIT = -1e30
 class NextTokenSums:
     """What one pass over the targets yields.
 
-    `total` and `z_loss` are weighted by the loss weights and are what is trained: total.sum is the sum of w * CE, its
-    weight the sum of w. `task_modality` [tasks, modalities] is plain cross-entropy over the targets that count (w > 0),
-    its weight their number; `correct` likewise counts targets whose logit is the largest. `weight_share`
-    [tasks, modalities] is the sum of w: who owns the objective.
+    `objective` is what is trained, and alone carries gradients: the sum of w * (CE + z_loss_weight * log_z^2).
+    `total` and `z_loss` are its two terms, weighted by the loss weights: total.sum is the sum of w * CE, its weight the
+    sum of w. `task_modality` [tasks, modalities] is plain cross-entropy over the targets that count (w > 0), its weight
+    their number; `correct` likewise counts targets whose logit is the largest. `weight_share` [tasks, modalities] is
+    the sum of w: who owns the objective.
     """
 
+    objective: jax.Array
     total: WeightedSum
     z_loss: WeightedSum
     task_modality: WeightedSum
@@ -56,25 +58,34 @@ def next_token_loss(
     *,
     valid_mask_V: BoolArray,
     chunk_tokens: int,
+    z_loss_weight: float,
 ) -> NextTokenSums:
     """Weighted cross-entropy of the next token and the square of the log-partition (z-loss), both in float32.
 
-    A device holds logits of at most `chunk_tokens` tokens at once, or as many values: with more tokens it goes through
-    the vocabulary in blocks. Rows of the table outside `valid_mask_V` get probability zero. Only `total.sum` and
-    `z_loss.sum` carry gradients.
+    A device holds logits of at most `chunk_tokens` tokens at once, or as many values: with more tokens, one device
+    takes chunks of them and passes over those that do not count; several go through the vocabulary in blocks. Rows of
+    the table outside `valid_mask_V` get probability zero. Only `objective` carries gradients.
     """
-    B, L, _ = hidden_BLD.shape
+    B, L, D = hidden_BLD.shape
     mesh = jax.sharding.get_abstract_mesh()
     devices, tensor = (1, 1) if mesh.empty else (mesh.size, mesh.shape["tensor"])
-    num_blocks = count_blocks(unembedding_VD.shape[0], B * L / devices, chunk_tokens, tensor)
-    table_VD = unembedding_VD.astype(hidden_BLD.dtype)
     bias_V = jnp.where(valid_mask_V, 0.0, INVALID_LOGIT)
     targets_BL = jnp.asarray(batch.targets_BL)
-    if num_blocks == 1:
-        over_vocabulary = _whole(hidden_BLD, table_VD, bias_V, targets_BL)
+    weights_BL = jnp.asarray(batch.loss_weights_BL, jnp.float32)
+    if devices == 1:
+        by_token = hidden_BLD.reshape(-1, D), targets_BL.reshape(-1), weights_BL.reshape(-1)
+        num_chunks = -(-B * L // chunk_tokens)
+        chunk = -(-B * L // num_chunks)
+        objective, of_tokens = _chunked(chunk, z_loss_weight, unembedding_VD, bias_V, *by_token)
+        log_z_BL, target_logit_BL, largest_BL = (x_T.reshape(B, L) for x_T in of_tokens)
     else:
-        over_vocabulary = _blocked(num_blocks, hidden_BLD, table_VD, bias_V, targets_BL)
-    return _sums(over_vocabulary, batch)
+        num_blocks = count_blocks(unembedding_VD.shape[0], B * L / devices, chunk_tokens, tensor)
+        over_vocabulary = _whole if num_blocks == 1 else functools.partial(_blocked, num_blocks)
+        table_VD = unembedding_VD.astype(hidden_BLD.dtype)
+        log_z_BL, target_logit_BL, largest_BL = over_vocabulary(hidden_BLD, table_VD, bias_V, targets_BL)
+        loss_BL = log_z_BL - target_logit_BL + z_loss_weight * jnp.square(log_z_BL)
+        objective = (weights_BL * loss_BL).sum()
+    return _sums(objective, jax.lax.stop_gradient((log_z_BL, target_logit_BL, largest_BL)), weights_BL, batch)
 
 
 def count_blocks(vocab_size: int, tokens_per_device: float, chunk_tokens: int, tensor: int) -> int:
@@ -172,10 +183,128 @@ def _blocked_backward(
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def _sums(over_vocabulary: OverVocabulary, batch: PackedBatch) -> NextTokenSums:
+OverTokens = tuple[jax.Array, jax.Array, jax.Array]
+"""[T] each, float32: what `OverVocabulary` is by row and position. Zero where a token does not count."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(
+    chunk: int,
+    z_loss_weight: float,
+    unembedding_VD: jax.Array,
+    bias_V: jax.Array,
+    hidden_TD: jax.Array,
+    targets_T: jax.Array,
+    weights_T: jax.Array,
+) -> tuple[jax.Array, OverTokens]:
+    """(objective, by token) with logits of `chunk` tokens at a time, of which the gradient is taken at once.
+
+    The objective is one number, so the gradient of what follows is one factor, and no logits are computed twice.
+    """
+    of_tokens, _ = _walk(chunk, None, unembedding_VD, bias_V, hidden_TD, targets_T, weights_T)
+    return _objective(z_loss_weight, of_tokens, weights_T), of_tokens
+
+
+def _objective(z_loss_weight: float, of_tokens: OverTokens, weights_T: jax.Array) -> jax.Array:
+    log_z_T, target_logit_T, _ = of_tokens
+    return (weights_T * (log_z_T - target_logit_T + z_loss_weight * jnp.square(log_z_T))).sum()
+
+
+def _walk(
+    chunk: int,
+    z_loss_weight: float | None,
+    unembedding_VD: jax.Array,
+    bias_V: jax.Array,
+    hidden_TD: jax.Array,
+    targets_T: jax.Array,
+    weights_T: jax.Array,
+) -> tuple[OverTokens, tuple[jax.Array, ...]]:
+    """What `_chunked` says of each token and, where a weight of the z-loss is given, the gradient of the table turned
+    around [D, V] and that of the hidden states [T, D], both float32.
+
+    Tokens that count come first, and nothing is done for chunks without any.
+    """
+    T, D = hidden_TD.shape
+    padding = (0, -T % chunk)
+    weights_T = jnp.pad(weights_T, padding)
+    order_T = jnp.argsort(weights_T <= 0, stable=True)
+    weights_T, targets_T = weights_T[order_T], jnp.pad(targets_T, padding)[order_T]
+    hidden_TD = jnp.pad(hidden_TD, (padding, (0, 0)))[order_T]
+    table_VD = unembedding_VD.astype(hidden_TD.dtype)
+    ids_V = jnp.arange(table_VD.shape[0])
+
+    def body(number: jax.Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        of_tokens, gradients = state
+        start = number * chunk
+        hidden_CD, targets_C, weights_C = (
+            jax.lax.dynamic_slice_in_dim(x, start, chunk) for x in (hidden_TD, targets_T, weights_T)
+        )
+
+        def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)
+
+        logits_CV = jnp.einsum("CD,VD->CV", hidden_CD, table_VD, preferred_element_type=jnp.float32) + bias_V
+        largest_C = logits_CV.max(axis=-1)
+        power_CV = jnp.exp(logits_CV - largest_C[:, None])
+        z_C = power_CV.sum(axis=-1)
+        log_z_C = largest_C + jnp.log(z_C)
+        target_logit_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1)[:, 0]
+        of_tokens = tuple(map(put, of_tokens, (log_z_C, target_logit_C, largest_C)))
+        if gradients:
+            d_table_DV, d_hidden_TD = gradients
+            d_log_z_C = weights_C * (1 + 2 * z_loss_weight * log_z_C)
+            d_target_CV = jnp.where(ids_V == targets_C[:, None], weights_C[:, None], 0)
+            d_logits_CV = (power_CV * (d_log_z_C / z_C)[:, None] - d_target_CV).astype(hidden_CD.dtype)
+            # XLA on CPUs turns the left operand around, and the other one is far larger.
+            d_table_DV += jnp.einsum("CD,CV->DV", hidden_CD, d_logits_CV, preferred_element_type=jnp.float32)
+            d_hidden_CD = jnp.einsum("CV,VD->CD", d_logits_CV, table_VD, preferred_element_type=jnp.float32)
+            gradients = d_table_DV, put(d_hidden_TD, d_hidden_CD)
+        return of_tokens, gradients
+
+    zero_T = jnp.zeros(len(order_T), jnp.float32)
+    gradients = ()
+    if z_loss_weight is not None:
+        gradients = jnp.zeros(table_VD.shape[::-1], jnp.float32), jnp.zeros(hidden_TD.shape, jnp.float32)
+    num_chunks = -(-(weights_T > 0).sum() // chunk)
+    of_tokens, gradients = jax.lax.fori_loop(0, num_chunks, body, ((zero_T,) * 3, gradients))
+    back_T = jnp.argsort(order_T)[:T]
+    if gradients:
+        gradients = gradients[0], gradients[1][back_T]
+    return tuple(x_T[back_T] for x_T in of_tokens), gradients
+
+
+def _chunked_forward(
+    chunk: int,
+    z_loss_weight: float,
+    unembedding_VD: jax.Array,
+    bias_V: jax.Array,
+    hidden_TD: jax.Array,
+    targets_T: jax.Array,
+    weights_T: jax.Array,
+) -> tuple[tuple[jax.Array, OverTokens], tuple[jax.Array, ...]]:
+    of_tokens, gradients = _walk(chunk, z_loss_weight, unembedding_VD, bias_V, hidden_TD, targets_T, weights_T)
+    # Of the inputs only their types are needed.
+    saved = (*gradients, unembedding_VD[:0], hidden_TD[:0])
+    return (_objective(z_loss_weight, of_tokens, weights_T), of_tokens), saved
+
+
+def _chunked_backward(
+    chunk: int, z_loss_weight: float, saved: tuple[jax.Array, ...], d_out: tuple[jax.Array, OverTokens]
+) -> tuple[jax.Array | None, ...]:
+    d_table_DV, d_hidden_TD, unembedding, hidden = saved
+    factor, _ = d_out
+    d_table_VD = (factor * d_table_DV.T).astype(unembedding.dtype)
+    return d_table_VD, None, (factor * d_hidden_TD).astype(hidden.dtype), None, None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _sums(
+    objective: jax.Array, over_vocabulary: OverVocabulary, weights_BL: jax.Array, batch: PackedBatch
+) -> NextTokenSums:
     log_z_BL, target_logit_BL, largest_BL = over_vocabulary
     loss_BL = log_z_BL - target_logit_BL
-    weights_BL = jnp.asarray(batch.loss_weights_BL, jnp.float32)
     weight = weights_BL.sum()
 
     cell_BL = batch.task_BL.astype(jnp.int32) * len(Modality) + batch.modality_BL
@@ -186,13 +315,13 @@ def _sums(over_vocabulary: OverVocabulary, batch: PackedBatch) -> NextTokenSums:
 
     counts_BL = (weights_BL > 0).astype(jnp.float32)
     counted = by_cell(counts_BL)
-    plain_loss_BL = jax.lax.stop_gradient(loss_BL)
     correct_BL = (target_logit_BL >= largest_BL).astype(jnp.float32)
     return NextTokenSums(
+        objective=objective,
         total=WeightedSum((weights_BL * loss_BL).sum(), weight),
         z_loss=WeightedSum((weights_BL * jnp.square(log_z_BL)).sum(), weight),
-        task_modality=WeightedSum(by_cell(counts_BL * plain_loss_BL), counted),
-        correct=WeightedSum(by_cell(counts_BL * jax.lax.stop_gradient(correct_BL)), counted),
+        task_modality=WeightedSum(by_cell(counts_BL * loss_BL), counted),
+        correct=WeightedSum(by_cell(counts_BL * correct_BL), counted),
         weight_share=by_cell(weights_BL),
     )
 

@@ -123,8 +123,9 @@ class Trainer:
                 batch,
                 valid_mask_V=self._vocab.valid_mask_V,
                 chunk_tokens=self._train.loss.chunk_tokens,
+                z_loss_weight=self._train.loss.z_loss_weight,
             )
-            return sums.total.mean()
+            return sums.objective / tokens
 
         hidden_BLD = jax.random.normal(key, (rows, length, model.d_model), model.dtype)
         of_loss = self._seconds(jax.value_and_grad(lose, (0, 1)), hidden_BLD, state.params["unembedding"])

@@ -310,7 +310,7 @@ def held_out_losses(
     def sums_of(params: Any, batch: Any) -> tuple[Any, Any]:
         hidden, _ = forward(model.config, params, batch.inputs_BL, batch.positions_BL, batch.segment_ids_BL)
         sums = next_token_loss(
-            hidden, whole_head(params), batch, valid_mask_V=vocab.valid_mask_V, chunk_tokens=1024
+            hidden, whole_head(params), batch, valid_mask_V=vocab.valid_mask_V, chunk_tokens=1024, z_loss_weight=0.0
         ).task_modality
         return sums.sum, sums.weight
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -16,6 +17,7 @@ from aromni_jax.structs import Modality, PackedBatch, Task
 
 B, L, D, V = 2, 12, 8, 20
 VALID = np.arange(V) < 17
+Z_LOSS = 0.1
 
 
 def batch(seed: int = 0) -> PackedBatch:
@@ -39,15 +41,28 @@ def tables():
     return jnp.asarray(rng.normal(size=(B, L, D)), jnp.float32), jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 8, 10_000])
+def sums_of(hidden, table, of, chunk_tokens):
+    return losses.next_token_loss(
+        hidden, table, of, valid_mask_V=VALID, chunk_tokens=chunk_tokens, z_loss_weight=Z_LOSS
+    )
+
+
+def plain(hidden, table, of):
+    """(objective, logits, log-partition, cross-entropy) as in a textbook."""
+    logits = (hidden @ table.T)[..., :17]
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    loss = log_z - jnp.take_along_axis(logits, of.targets_BL[..., None], -1)[..., 0]
+    return (of.loss_weights_BL * (loss + Z_LOSS * log_z**2)).sum(), logits, log_z, loss
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 8, 10_000])
 def test_sums_equal_the_plain_formula_for_any_chunk(chunk_tokens):
     hidden, table = tables()
     b = batch()
-    sums = losses.next_token_loss(hidden, table, b, valid_mask_V=VALID, chunk_tokens=chunk_tokens)
-    logits = (hidden @ table.T)[..., :17]
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    loss = log_z - jnp.take_along_axis(logits, b.targets_BL[..., None], -1)[..., 0]
+    sums = sums_of(hidden, table, b, chunk_tokens)
+    objective, logits, log_z, loss = plain(hidden, table, b)
     counts = b.loss_weights_BL > 0
+    np.testing.assert_allclose(sums.objective, objective, rtol=1e-5)
     np.testing.assert_allclose(sums.total.sum, (loss * b.loss_weights_BL).sum(), rtol=1e-5)
     np.testing.assert_allclose(sums.z_loss.sum, (log_z**2 * b.loss_weights_BL).sum(), rtol=1e-5)
     np.testing.assert_allclose(sums.total.weight, b.loss_weights_BL.sum(), rtol=1e-6)
@@ -60,21 +75,38 @@ def test_sums_equal_the_plain_formula_for_any_chunk(chunk_tokens):
         np.testing.assert_allclose(sums.task.sum[task], loss[counts & (b.task_BL == task)].sum(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 5, 12])
-def test_blocks_of_the_vocabulary_equal_all_logits_at_once(chunk_tokens):
-    """Every sum to 1e-6 and every gradient to 1e-5, z-loss included."""
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 12, 10_000])
+def test_gradients_taken_with_the_loss_are_those_of_the_plain_formula(chunk_tokens):
+    def objective(hidden, table):
+        return 3 * sums_of(hidden, table, batch(), chunk_tokens).objective
 
-    def objective(hidden, table, chunk_tokens):
-        sums = losses.next_token_loss(hidden, table, batch(), valid_mask_V=VALID, chunk_tokens=chunk_tokens)
-        return sums.total.sum + 0.1 * sums.z_loss.sum, sums
+    gradients = jax.grad(objective, (0, 1))(*tables())
+    wanted = jax.grad(lambda hidden, table: 3 * plain(hidden, table, batch())[0], (0, 1))(*tables())
+    for left, right in zip(wanted, gradients, strict=True):
+        np.testing.assert_allclose(right, left, rtol=1e-5, atol=1e-5)
 
-    compute = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
-    (_, whole), whole_gradients = compute(*tables(), 10_000)
-    (_, sums), gradients = compute(*tables(), chunk_tokens)
-    for left, right in zip(jax.tree.leaves(whole), jax.tree.leaves(sums), strict=True):
-        np.testing.assert_allclose(right, left, rtol=1e-6, atol=1e-6)
-    for left, right in zip(whole_gradients, gradients, strict=True):
-        np.testing.assert_allclose(right, left, rtol=1e-5, atol=1e-6)
+
+def test_nothing_is_computed_for_chunks_without_a_target_that_counts():
+    """States that would spoil every sum they touch; 24 targets, of which 4 count, in chunks of 4."""
+    hidden, table = tables()
+    b = batch()
+    weights = np.zeros((B, L), np.float32)
+    weights[[0, 0, 1, 1], [3, 7, 0, 11]] = 1, 2, 3, 4
+    b = dataclasses.replace(b, loss_weights_BL=weights)
+    spoilt = jnp.where(weights[..., None] > 0, hidden, jnp.nan)
+    compute = jax.value_and_grad(lambda *inputs: sums_of(*inputs, b, 4).objective, (0, 1))
+    value, (d_hidden, d_table) = compute(spoilt, table)
+    wanted, (d_hidden_wanted, d_table_wanted) = compute(hidden, table)
+    assert np.isfinite(value) and value == wanted
+    np.testing.assert_array_equal(d_hidden, d_hidden_wanted)
+    np.testing.assert_array_equal(d_table, d_table_wanted)
+    assert not np.any(np.asarray(d_hidden)[weights == 0])
+
+
+def test_a_batch_without_targets_has_no_loss_and_no_gradient():
+    b = dataclasses.replace(batch(), loss_weights_BL=np.zeros((B, L), np.float32))
+    value, gradients = jax.value_and_grad(lambda *inputs: sums_of(*inputs, b, 5).objective, (0, 1))(*tables())
+    assert value == 0 and not any(np.any(gradient) for gradient in gradients)
 
 
 @pytest.mark.parametrize("chunk_tokens", [3, 10_000])
@@ -88,8 +120,8 @@ def test_a_vocabulary_split_over_devices_changes_nothing(mesh, chunk_tokens):
     large = jax.tree.map(lambda x: np.concatenate([x] * 4), batch())
 
     def objective(hidden, table):
-        sums = losses.next_token_loss(hidden, table, large, valid_mask_V=VALID, chunk_tokens=chunk_tokens)
-        return sums.total.sum + 0.1 * sums.z_loss.sum, sums
+        sums = sums_of(hidden, table, large, chunk_tokens)
+        return sums.objective, sums
 
     compute = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
     placed = jax.jit(
@@ -110,8 +142,7 @@ def test_bfloat16_stays_close_to_float32(chunk_tokens):
     hidden, table = (x.astype(jnp.bfloat16) for x in tables())
 
     def objective(hidden, table):
-        sums = losses.next_token_loss(hidden, table, batch(), valid_mask_V=VALID, chunk_tokens=chunk_tokens)
-        return sums.total.sum + 0.1 * sums.z_loss.sum
+        return sums_of(hidden, table, batch(), chunk_tokens).objective
 
     compute = jax.value_and_grad(objective, argnums=(0, 1))
     value, gradients = compute(hidden, table)
@@ -127,8 +158,7 @@ def test_padded_vocabulary_rows_get_no_probability_and_no_gradient(chunk_tokens)
     hidden, table = tables()
 
     def total(table, hidden):
-        sums = losses.next_token_loss(hidden, table, batch(), valid_mask_V=VALID, chunk_tokens=chunk_tokens)
-        return sums.total.sum + sums.z_loss.sum
+        return sums_of(hidden, table, batch(), chunk_tokens).objective
 
     value, gradient = jax.value_and_grad(total)(table, hidden)
     assert not np.any(np.asarray(gradient)[~VALID]) and np.all(np.any(np.asarray(gradient)[VALID], axis=1))

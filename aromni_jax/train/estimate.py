@@ -125,7 +125,7 @@ def plan(
     tokens = train.global_batch_size * train.sequence_length
     pairs = train.global_batch_size * attended_pairs([train.sequence_length])
     flops = train_flops(model, tokens, pairs)
-    done = flops + _recomputed_flops(model, tokens, pairs)
+    done = flops + _recomputed_flops(model, tokens, pairs, mesh.size)
     sent = communication_bytes(model, train, mesh.shape)
     seconds = {
         "compute": done / (mesh.size * peak),
@@ -209,10 +209,11 @@ def _passes(model: ModelConfig) -> int:
     return 2 if model.remat in ("none", "dots") else 3
 
 
-def _recomputed_flops(model: ModelConfig, num_tokens: float, num_pairs: float) -> float:
-    """FLOPs of what the backward pass computes again: what the policy does not keep, and the loss's logits."""
+def _recomputed_flops(model: ModelConfig, num_tokens: float, num_pairs: float, num_devices: int) -> float:
+    """FLOPs of what the backward pass computes again: what the policy does not keep, and the logits where several
+    devices hold the table (one takes the gradient at once)."""
     c = model
-    logits = 2.0 * c.vocab_size * c.d_model * num_tokens
+    logits = 2.0 * c.vocab_size * c.d_model * num_tokens if num_devices > 1 else 0.0
     projections = 4.0 * c.num_layers * c.d_model * (c.num_heads + c.num_kv_heads) * c.head_dim * num_tokens
     mlp = 6.0 * c.num_layers * c.d_model * c.mlp_dim * num_tokens
     scores = 4.0 * c.num_layers * c.num_heads * c.head_dim * num_pairs

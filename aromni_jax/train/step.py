@@ -58,7 +58,12 @@ def _terms(
     hidden_BLD, last = gradients_together(hidden_BLD, {name: params[name] for name in _AFTER_LAYERS if name in params})
     params = params | last
     next_token = losses.next_token_loss(
-        hidden_BLD, params["unembedding"], batch, valid_mask_V=vocab.valid_mask_V, chunk_tokens=loss.chunk_tokens
+        hidden_BLD,
+        params["unembedding"],
+        batch,
+        valid_mask_V=vocab.valid_mask_V,
+        chunk_tokens=loss.chunk_tokens,
+        z_loss_weight=loss.z_loss_weight,
     )
     if vocab.image is None or not _is_aligned(decoder.config, loss):
         return next_token, WeightedSum.zero()
@@ -102,10 +107,6 @@ def _metrics(next_token: losses.NextTokenSums, perceptual: WeightedSum, batch: P
     }
 
 
-def _total_loss(next_token: WeightedSum, z_loss: WeightedSum, perceptual: WeightedSum, loss: LossConfig) -> jax.Array:
-    return next_token.mean() + loss.z_loss_weight * z_loss.mean() + loss.perceptual_weight * perceptual.mean()
-
-
 def split_microbatches(batch: PackedBatch, num_microbatches: int) -> PackedBatch:
     """[B, L] -> [A, B / A, L]; microbatch a takes rows a, a + A, ..., so every device keeps its own rows."""
 
@@ -135,12 +136,8 @@ def loss_and_gradients(
 
     def objective(params: PyTree, micro: PackedBatch) -> tuple[jax.Array, StepMetrics]:
         next_token, perceptual = _terms(decoder, loss, vocab, params, frozen, micro, share)
-        part = _total_loss(
-            WeightedSum(next_token.total.sum, weight),
-            WeightedSum(next_token.z_loss.sum, weight),
-            WeightedSum(perceptual.sum, code_weight),
-            loss,
-        )
+        part = WeightedSum(next_token.objective, weight).mean()
+        part += loss.perceptual_weight * WeightedSum(perceptual.sum, code_weight).mean()
         return part, _metrics(next_token, perceptual, micro)
 
     compute = jax.value_and_grad(objective, has_aux=True)
