@@ -250,7 +250,7 @@ def _walk(
         log_z_C = largest_C + jnp.log(z_C)
         target_logit_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1)[:, 0]
         of_tokens = tuple(map(put, of_tokens, (log_z_C, target_logit_C, largest_C)))
-        if gradients:
+        if z_loss_weight is not None:
             d_table_DV, d_hidden_TD = gradients
             d_log_z_C = weights_C * (1 + 2 * z_loss_weight * log_z_C)
             d_target_CV = jnp.where(ids_V == targets_C[:, None], weights_C[:, None], 0)
@@ -262,7 +262,7 @@ def _walk(
         return of_tokens, gradients
 
     zero_T = jnp.zeros(len(order_T), jnp.float32)
-    gradients = ()
+    gradients: tuple[jax.Array, ...] = ()
     if z_loss_weight is not None:
         gradients = jnp.zeros(table_VD.shape[::-1], jnp.float32), jnp.zeros(hidden_TD.shape, jnp.float32)
     num_chunks = -(-(weights_T > 0).sum() // chunk)

@@ -60,6 +60,24 @@ def test_blocked_equals_reference(length, num_kv_heads):
     assert_close(value_and_gradients(*rows, "blocked"), value_and_gradients(*rows, "reference"))
 
 
+@pytest.mark.parametrize("lengths", [(900,), (128, 128, 644), (1, 300, 20, 400), (700, 190)])
+def test_blocked_sees_all_of_each_document(lengths):
+    """Documents of any length, on and off the borders of blocks, other ones in the other row; padding behind them."""
+    arrays, _ = packed_rows(2, 900, 2, 2, 8)
+    segments = np.zeros((2, 900), np.int32)
+    ends = np.cumsum(lengths)
+    for row, shift in ((0, 0), (1, 77)):
+        for number, (start, stop) in enumerate(zip(ends - lengths, ends), 1):
+            segments[row, start if number == 1 else start - shift : stop] = number
+    assert_close(value_and_gradients(arrays, segments, "blocked"), value_and_gradients(arrays, segments, "reference"))
+
+
+def test_blocked_sees_a_document_in_two_places():
+    arrays, _ = packed_rows(1, 512, 2, 2, 8)
+    segments = np.repeat([[1, 2, 3, 1]], 128, axis=0).T.reshape(1, 512)
+    assert_close(value_and_gradients(arrays, segments, "blocked"), value_and_gradients(arrays, segments, "reference"))
+
+
 @pytest.mark.parametrize("length, num_kv_heads, head_dim", [(384, 2, 64), (256, 1, 96)])
 def test_splash_equals_reference(short_blocks, length, num_kv_heads, head_dim):
     rows = packed_rows(2, length, 4, num_kv_heads, head_dim)
