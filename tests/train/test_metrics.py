@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -186,6 +188,24 @@ def test_files_and_events_are_written(tmp_path):
     assert json.loads((tmp_path / "evaluations.jsonl").read_text()) == {"step": 2, "loss": 1.5}
     assert any((tmp_path / "tensorboard").iterdir())
     assert set(deterministic(full_line(2))) == set(full_line(2)) - metrics.TIMING_KEYS
+
+
+def test_a_run_that_fails_closes_its_lines_after_a_sync_that_has_begun(tmp_path, monkeypatch):
+    """The writer of a checkpoint syncs while the loop ends (CI saw "Bad file descriptor" instead of why it failed)."""
+    lines = LineFile(tmp_path / "metrics.jsonl", 0)
+    closing = threading.Thread(target=lines.close)
+    fsync, done = os.fsync, []
+
+    def slow(number):
+        closing.start()
+        closing.join(0.2)
+        done.append(fsync(number))
+
+    monkeypatch.setattr(os, "fsync", slow)
+    lines.sync()
+    closing.join()
+    lines.sync()
+    assert done == [None], "the first reached an open file, the second found it closed"
 
 
 class Terminal(io.StringIO):
