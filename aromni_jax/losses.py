@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,18 +73,17 @@ def next_token_loss(
     targets_BL = jnp.asarray(batch.targets_BL)
     weights_BL = jnp.asarray(batch.loss_weights_BL, jnp.float32)
     if devices == 1:
-        by_token = hidden_BLD.reshape(-1, D), targets_BL.reshape(-1), weights_BL.reshape(-1)
         num_chunks = -(-B * L // chunk_tokens)
         chunk = -(-B * L // num_chunks)
-        objective, of_tokens = _chunked(chunk, z_loss_weight, unembedding_VD, bias_V, *by_token)
+        by_token = hidden_BLD.reshape(-1, D), targets_BL.reshape(-1), weights_BL.reshape(-1)
+        objective, of_tokens = _chunked(chunk, z_loss_weight, _Inputs(unembedding_VD, bias_V, *by_token))
         log_z_BL, target_logit_BL, largest_BL = (x_T.reshape(B, L) for x_T in of_tokens)
     else:
         num_blocks = count_blocks(unembedding_VD.shape[0], B * L / devices, chunk_tokens, tensor)
         over_vocabulary = _whole if num_blocks == 1 else functools.partial(_blocked, num_blocks)
         table_VD = unembedding_VD.astype(hidden_BLD.dtype)
         log_z_BL, target_logit_BL, largest_BL = over_vocabulary(hidden_BLD, table_VD, bias_V, targets_BL)
-        loss_BL = log_z_BL - target_logit_BL + z_loss_weight * jnp.square(log_z_BL)
-        objective = (weights_BL * loss_BL).sum()
+        objective = _objective(z_loss_weight, (log_z_BL, target_logit_BL, largest_BL), weights_BL)
     return _sums(objective, jax.lax.stop_gradient((log_z_BL, target_logit_BL, largest_BL)), weights_BL, batch)
 
 
@@ -183,47 +182,42 @@ def _blocked_backward(
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
+class _Inputs(NamedTuple):
+    """What the loss of T tokens on one device is made of. Gradients belong to the first and the third."""
+
+    unembedding_VD: jax.Array
+    bias_V: jax.Array
+    hidden_TD: jax.Array
+    targets_T: jax.Array
+    weights_T: jax.Array
+
+
 OverTokens = tuple[jax.Array, jax.Array, jax.Array]
 """[T] each, float32: what `OverVocabulary` is by row and position. Zero where a token does not count."""
 
 
+def _objective(z_loss_weight: float, over_vocabulary: OverVocabulary | OverTokens, weights: jax.Array) -> jax.Array:
+    log_z, target_logit, _ = over_vocabulary
+    return (weights * (log_z - target_logit + z_loss_weight * jnp.square(log_z))).sum()
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(
-    chunk: int,
-    z_loss_weight: float,
-    unembedding_VD: jax.Array,
-    bias_V: jax.Array,
-    hidden_TD: jax.Array,
-    targets_T: jax.Array,
-    weights_T: jax.Array,
-) -> tuple[jax.Array, OverTokens]:
+def _chunked(chunk: int, z_loss_weight: float, inputs: _Inputs) -> tuple[jax.Array, OverTokens]:
     """(objective, by token) with logits of `chunk` tokens at a time, of which the gradient is taken at once.
 
     The objective is one number, so the gradient of what follows is one factor, and no logits are computed twice.
     """
-    of_tokens, _ = _walk(chunk, None, unembedding_VD, bias_V, hidden_TD, targets_T, weights_T)
-    return _objective(z_loss_weight, of_tokens, weights_T), of_tokens
+    of_tokens, _ = _walk(chunk, None, inputs)
+    return _objective(z_loss_weight, of_tokens, inputs.weights_T), of_tokens
 
 
-def _objective(z_loss_weight: float, of_tokens: OverTokens, weights_T: jax.Array) -> jax.Array:
-    log_z_T, target_logit_T, _ = of_tokens
-    return (weights_T * (log_z_T - target_logit_T + z_loss_weight * jnp.square(log_z_T))).sum()
-
-
-def _walk(
-    chunk: int,
-    z_loss_weight: float | None,
-    unembedding_VD: jax.Array,
-    bias_V: jax.Array,
-    hidden_TD: jax.Array,
-    targets_T: jax.Array,
-    weights_T: jax.Array,
-) -> tuple[OverTokens, tuple[jax.Array, ...]]:
+def _walk(chunk: int, z_loss_weight: float | None, inputs: _Inputs) -> tuple[OverTokens, tuple[jax.Array, ...]]:
     """What `_chunked` says of each token and, where a weight of the z-loss is given, the gradient of the table turned
     around [D, V] and that of the hidden states [T, D], both float32.
 
     Tokens that count come first, and nothing is done for chunks without any.
     """
+    unembedding_VD, bias_V, hidden_TD, targets_T, weights_T = inputs
     T, D = hidden_TD.shape
     padding = (0, -T % chunk)
     weights_T = jnp.pad(weights_T, padding)
@@ -274,27 +268,21 @@ def _walk(
 
 
 def _chunked_forward(
-    chunk: int,
-    z_loss_weight: float,
-    unembedding_VD: jax.Array,
-    bias_V: jax.Array,
-    hidden_TD: jax.Array,
-    targets_T: jax.Array,
-    weights_T: jax.Array,
+    chunk: int, z_loss_weight: float, inputs: _Inputs
 ) -> tuple[tuple[jax.Array, OverTokens], tuple[jax.Array, ...]]:
-    of_tokens, gradients = _walk(chunk, z_loss_weight, unembedding_VD, bias_V, hidden_TD, targets_T, weights_T)
+    of_tokens, gradients = _walk(chunk, z_loss_weight, inputs)
     # Of the inputs only their types are needed.
-    saved = (*gradients, unembedding_VD[:0], hidden_TD[:0])
-    return (_objective(z_loss_weight, of_tokens, weights_T), of_tokens), saved
+    saved = (*gradients, inputs.unembedding_VD[:0], inputs.hidden_TD[:0])
+    return (_objective(z_loss_weight, of_tokens, inputs.weights_T), of_tokens), saved
 
 
 def _chunked_backward(
     chunk: int, z_loss_weight: float, saved: tuple[jax.Array, ...], d_out: tuple[jax.Array, OverTokens]
-) -> tuple[jax.Array | None, ...]:
+) -> tuple[tuple[jax.Array | None, ...]]:
     d_table_DV, d_hidden_TD, unembedding, hidden = saved
     factor, _ = d_out
     d_table_VD = (factor * d_table_DV.T).astype(unembedding.dtype)
-    return d_table_VD, None, (factor * d_hidden_TD).astype(hidden.dtype), None, None
+    return (_Inputs(d_table_VD, None, (factor * d_hidden_TD).astype(hidden.dtype), None, None),)  # type: ignore[arg-type]
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -230,7 +230,7 @@ class LineFile:
     def __init__(self, path: pathlib.Path, last_step: int):
         self.dropped = workdirs.truncate_json_lines(path, last_step)
         self._file = open(path, "a", encoding="utf-8")
-        self._is_syncing = threading.Lock()
+        self._lock = threading.Lock()
 
     def write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -238,11 +238,11 @@ class LineFile:
 
     def sync(self) -> None:
         """To disk: called before a checkpoint, whose lines would otherwise be missing after a power cut."""
-        with self._is_syncing:
+        with self._lock:
             if not self._file.closed:  # a run that failed; closing has handed all lines to the system
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """After a `sync` that another thread has begun."""
-        with self._is_syncing:
+        with self._lock:
             self._file.close()
