@@ -126,7 +126,7 @@ def plan(
     pairs = train.global_batch_size * attended_pairs([train.sequence_length])
     flops = train_flops(model, tokens, pairs)
     done = flops + _recomputed_flops(model, tokens, pairs, mesh.size)
-    sent = communication_bytes(model, train, mesh.shape)
+    sent = communication_bytes(model, train, mesh)
     seconds = {
         "compute": done / (mesh.size * peak),
         "memory": _memory_traffic(model, train, mesh, hbm["arguments"], hbm["temporaries"]) / chip.hbm_bytes_per_second,
