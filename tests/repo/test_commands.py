@@ -21,10 +21,10 @@ HEAVY = ("jax", "flax", "orbax", "torch", "transformers", "tensorflow", "grain",
 def documents():
     """(where, text) of everything that shows commands: pages, and the docstrings of configs and commands."""
     for page in (ROOT / "README.md", ROOT / "aromni_jax" / "ARCHITECTURE.md"):
-        yield (
-            identify(page),
-            "\n".join(re.findall(r"```(?:bash|sh)?\n(.*?)```", page.read_text(encoding="utf-8"), re.S)),
-        )
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S)
+        cells = re.findall(r"^\|.*\| `(aromni [^`]*)` \|$", text, re.M)
+        yield identify(page), "\n".join([*blocks, *cells])
     for file in sorted([*(ROOT / "configs").glob("*.py"), *(ROOT / "launch").glob("*.py")]):
         yield identify(file), ast.get_docstring(parse(file)) or ""
 
