@@ -16,24 +16,25 @@ from aromni_jax.models.config import ModelConfig
 from aromni_jax.partitioning import MESH_AXES
 
 _FLOAT32 = 4
-_RING_OF_PARTS = 32
-"""On slices of up to so many TPUs, products pass parts around a ring, and gradients arrive where they are kept."""
+_RING_OF_PARTS = range(8, 33)
+"""Over fsdp of so many TPUs, and no data beside it, products pass parts of matrices around a ring."""
 
 
 def communication_bytes(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> dict[str, float]:
     """Bytes that one device sends in a step over each axis of `mesh`, whose devices need not be here.
 
     fsdp: matrices gathered for the forward and for the backward pass, their gradients summed, rows of the embedding and
-    their gradients exchanged. On TPUs a device gets its part of a sum alone, but where fsdp takes a whole slice: there
-    the compiler prefers an all-reduce, which goes along all dimensions at once, and with three of them it gathers by
-    one, too. On CPUs sums are all-reduces always.
+    their gradients exchanged. On TPUs a device gets its part of a sum alone, but where fsdp takes the whole of a large
+    slice: there the compiler prefers an all-reduce, which goes along all dimensions at once, and with three of them it
+    gathers by one, too. On CPUs sums are all-reduces always.
     data, context: gradients of what a device keeps summed, after fsdp. tensor: activations summed behind each pair of
     split matrices, and the gradient of the hidden states, on TPUs once, on CPUs for every block of the vocabulary.
     context: keys and values gathered, their gradients summed where they came from.
     """
     data, fsdp, context, tensor = (mesh.shape[axis] for axis in MESH_AXES)
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    takes_slice = on_tpu and fsdp == mesh.size // train.mesh.num_slices > _RING_OF_PARTS
+    in_ring = on_tpu and data == context == 1 and fsdp in _RING_OF_PARTS
+    takes_slice = on_tpu and fsdp == mesh.size // train.mesh.num_slices and fsdp >= _RING_OF_PARTS.stop
     gathering = 2 if takes_slice and _dimensions(mesh) == 3 else 1
     summing = 2 if takes_slice or not on_tpu else 1
     size = jnp.dtype(model.dtype).itemsize
@@ -48,9 +49,11 @@ def communication_bytes(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> d
     again = _attention_inputs(model) / tensor * size if on_tpu and model.remat == "full" else 0
     # Gradients of matrices are summed over fsdp whole, then over the other axes the part that a device keeps.
     kept = micro * (matrices / fsdp + table)
+    # A ring passes every part once more than needed, back to where it came from.
+    passed = 1.0 if in_ring else _share(fsdp)
     return {
         "data": 2 * _share(data) * kept / context,
-        "fsdp": _share(fsdp) * (micro * (gathering * (2 * matrices + again) + summing * matrices) + 2 * rows),
+        "fsdp": passed * micro * (gathering * (2 * matrices + again) + summing * matrices) + 2 * _share(fsdp) * rows,
         "context": 2 * _share(context) * kept + _keys_and_values(model, context, tensor, tokens) * size,
         "tensor": 2 * _share(tensor) * rows * (1 + model.num_layers * _summed_activations(model, on_tpu))
         + 2 * _share(tensor) * (hidden + blocks * tokens * 3 * _FLOAT32),

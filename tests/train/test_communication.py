@@ -45,6 +45,8 @@ def test_counted_bytes_are_those_of_the_compiled_step(sizes, remat):
     "topology, sizes, width",
     [
         ("v5e:4x4", (2, 2, 2, 2), 1024),  # a device gets its part of a sum alone
+        ("v5e:2x2", (1, 4, 1, 1), 1024),  # on the whole of a small slice, too
+        ("v5e:2x4", (1, 8, 1, 1), 4096),  # parts of matrices go around a ring
         (
             "v5e:8x8",
             (1, 64, 1, 1),
