@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import sys
 import pytest
 
 from tests.end_to_end import runs
+from tests.fixtures.tpu_compiler import needs_tpu_compiler
 
 CONFIG = "--config=configs/pretrain.py:debug"
 
@@ -54,7 +54,7 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
+@needs_tpu_compiler
 def test_a_step_for_chips_that_are_not_here_is_written_and_refused_elsewhere(tmp_path):
     file = tmp_path / "step.bin"
     done = plan(tmp_path, "--topology=v5e:2x4", f"--executable={file}")

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
-import subprocess
-import sys
 import warnings
 
 import jax
@@ -24,7 +20,7 @@ from aromni_jax.interop.chameleon import ChameleonDirectory, Provenance, TreeSou
 from aromni_jax.partitioning import make_mesh
 from aromni_jax.structs import Example, Task
 from tests.fixtures.small_models import random_params, small_model, small_vocab
-from tests.fixtures.source_tree import ROOT
+from tests.fixtures.tpu_compiler import answer_of, needs_tpu_compiler
 from tests.inference.answers import check
 
 VOCAB = small_vocab()
@@ -170,19 +166,11 @@ def test_an_export_is_read_one_array_at_a_time_and_each_device_gets_its_part(tmp
     assert len(largest) == len(jax.tree.leaves(found)) and max(largest) == params["embedding"].nbytes
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
+@needs_tpu_compiler
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_eight_chips_read_an_eighth_of_the_weights_each(weights):
     """Two layers of 7b: a chip has an eighth of the weights, none are gathered, nothing large is copied."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.fixtures.compiled_decode", weights],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found = answer_of("tests.fixtures.compiled_decode", weights)
     share = found["weight_bytes"] / 8
     cache = 2 * 2 * 1024 * 4096 * 2  # keys and values of two layers, 1024 slots of bfloat16
     assert 0 < found["argument_bytes"] - share - cache / 8 < 0.1 * share  # the tables of the grammar

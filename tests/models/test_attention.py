@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from aromni_jax.models.attention import attention
 from aromni_jax.models.layers import REMAT_POLICIES
 from launch.plan import QUIET_COMPILER
 from tests.fixtures.source_tree import ROOT
+from tests.fixtures.tpu_compiler import needs_tpu_compiler
 
 
 def packed_rows(num_rows, length, num_heads, num_kv_heads, head_dim, dtype=jnp.float32):
@@ -206,7 +206,7 @@ assert calls[64] >= 2 and calls[96] == calls[128] == calls[64] + 1, calls
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
+@needs_tpu_compiler
 @pytest.mark.slow
 def test_splash_compiles_for_tpu_in_a_scan_with_remat():
     environment = os.environ | QUIET_COMPILER

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,10 +17,7 @@ from aromni_jax.train import estimate
 from launch import plan_search
 from launch.flags import load_config
 from tests.fixtures.source_tree import ROOT
-
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
+from tests.fixtures.tpu_compiler import needs_tpu_compiler
 
 
 def config(*overrides):
@@ -108,14 +104,14 @@ def run_plan(cache, *words):
     )
 
 
-@needs_compiler
+@needs_tpu_compiler
 def test_wrong_topology_is_answered_in_one_line(tmp_path):
     done = run_plan(tmp_path, "--topology=v5e:3x5")
     assert done.returncode == 1
     assert "no TPU topology 'v5e:3x5'" in done.stderr.splitlines()[-1]
 
 
-@needs_compiler
+@needs_tpu_compiler
 @pytest.mark.slow
 def test_debug_step_compiles_for_eight_v5e_chips(tmp_path):
     # Seven rows do not divide over eight chips.
@@ -142,7 +138,7 @@ def test_debug_step_compiles_for_eight_v5e_chips(tmp_path):
     assert assigned["hbm_bytes"]["arguments"] == pytest.approx(result["hbm_bytes"]["arguments"], rel=0.05)
 
 
-@needs_compiler
+@needs_tpu_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("topology, devices, limit_gib", [("v5e:16x16", 256, 6.8), ("v5p:4x4x4", 64, 8.8)])
 def test_full_remat_of_7b_keeps_to_its_memory(topology, devices, limit_gib):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from aromni_jax.train.step import loss_and_gradients, make_train_step
 from aromni_jax.train.update import HOST, as_float32, is_offloaded
 from launch import plan_search
 from launch.flags import load_config
+from tests.fixtures.tpu_compiler import needs_tpu_compiler
 
 BF16 = dict(dtype="bfloat16", param_dtype="bfloat16")
 FACTS = RunFacts({}, "vocab", "data", {}, {})
@@ -195,7 +195,7 @@ def test_devices_without_host_memory_are_refused(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
+@needs_tpu_compiler
 def test_a_plan_counts_what_is_offloaded_as_memory_of_the_host():
     overrides = ["--config.optimizer.offload=True", "--config.optimizer.ema_decay=0.5"]
     overrides += ["--config.loss.perceptual_weight=0.0"]  # no codebook among the arguments
