@@ -9,6 +9,7 @@ backward pass is the same the other way round. A part of D is narrow (16 of 4096
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -18,6 +19,9 @@ from aromni_jax import partitioning
 
 _CHUNK_ROWS = 1 << 17
 """Rows that a device looks up at once for its fsdp group: 64 MiB of float32 on a TPU, which pads rows to 128."""
+
+_TILE = 1024
+"""Numbers that a TPU keeps, and sends, together."""
 
 _BATCH, _LENGTH, _EMBED, _VOCAB = (partitioning.RULES[name] for name in ("batch", "length", "embed", "vocab"))
 
@@ -81,8 +85,7 @@ def _backward(dtype: Any, saved: tuple[jax.Array, jax.Array], d_x_BLD: jax.Array
             return d_table_vd.at[rows_r].add(jnp.where(is_here_r[:, None], d_x_rd, 0)), None
 
         d_table_vd, _ = jax.lax.scan(add, jnp.zeros(table_vd.shape, jnp.float32), (ids_nc, d_x_ncD))
-        others = tuple(axis for axis in (*_BATCH, *_LENGTH) if axis not in _EMBED)
-        return jax.lax.psum(d_table_vd, others).astype(table_vd.dtype)
+        return _sum_over_others(d_table_vd).astype(table_vd.dtype)
 
     hidden = partitioning.spec(("batch", "length", None))
     d_table_VD = _on_mesh(on_device, out_specs=_TABLE, in_specs=(_TABLE, _TOKENS, hidden))(table_VD, tokens_BL, d_x_BLD)
@@ -93,6 +96,21 @@ _split_lookup.defvjp(_forward, _backward)
 
 _TABLE = partitioning.spec(("vocab", "embed"))
 _TOKENS = partitioning.spec(("batch", "length"))
+
+
+def _sum_over_others(d_table_vd: jax.Array) -> jax.Array:
+    """The sum over the axes that split tokens and not D.
+
+    It is taken of one long array, because TPUs would send narrow rows as they keep them, padded to 128. The zeros at
+    its end are there so that the compiler does not find the rows in it and do just that; they leave it divisible.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    others = tuple(axis for axis in (*_BATCH, *_LENGTH) if axis not in _EMBED and mesh.shape[axis] > 1)
+    if not others:
+        return d_table_vd
+    num_zeros = _TILE * math.prod(mesh.shape[axis] for axis in others)
+    d_table = jax.lax.psum(jnp.pad(d_table_vd.ravel(), (0, num_zeros)), others)
+    return d_table[: d_table_vd.size].reshape(d_table_vd.shape)
 
 
 def _on_mesh(function: Any, **specs: Any) -> Any:

@@ -130,7 +130,7 @@ def plan(
     seconds = {
         "compute": done / (mesh.size * peak),
         "memory": _memory_traffic(model, train, mesh, hbm["arguments"], hbm["temporaries"]) / chip.hbm_bytes_per_second,
-        "interconnect": _interconnect_seconds(sent, train, chip),
+        "interconnect": _interconnect_seconds(sent, mesh.shape["data"], train.mesh.num_slices, chip),
     }
     bound_by = max(seconds, key=lambda name: seconds[name])
     return {
@@ -238,7 +238,10 @@ def _memory_traffic(model: ModelConfig, train: TrainConfig, mesh: Mesh, argument
     return 2.0 * (arguments + temporaries) + train.gradient_accumulation_steps * _passes(model) * weights
 
 
-def _interconnect_seconds(sent: dict[str, float], train: TrainConfig, chip: Chip) -> float:
-    """Seconds a device spends sending in a step if nothing overlaps; with slices, the data axis goes between them."""
-    slow = sent["data"] if train.mesh.num_slices > 1 else 0.0
+def _interconnect_seconds(sent: dict[str, float], data: int, num_slices: int, chip: Chip) -> float:
+    """Seconds a device spends sending in a step if nothing overlaps.
+
+    With slices, a sum over data is scattered within each, goes between them in parts, and is gathered within each.
+    """
+    slow = sent["data"] * (num_slices - 1) / max(data - 1, 1)
     return (sum(sent.values()) - slow) / chip.link_bytes_per_second + slow / BETWEEN_SLICES_BYTES_PER_SECOND

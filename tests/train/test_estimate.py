@@ -25,12 +25,13 @@ def config(*overrides):
     return from_mapping(TrainConfig, loaded)
 
 
-def test_between_slices_the_data_axis_is_slow():
-    sent = {"data": 3.125e9, "fsdp": 4.0, "context": 1.0, "tensor": 1.0}
-    chip = estimate.Chip(1, 1.0, 2.0)
-    assert estimate._interconnect_seconds(sent, config(), chip) == pytest.approx((3.125e9 + 6) / 2)
-    sliced = config("--config.mesh.data=2", "--config.mesh.num_slices=2")
-    assert estimate._interconnect_seconds(sent, sliced, chip) == pytest.approx(1 + 3)
+@pytest.mark.parametrize("num_slices, between", [(1, 0), (2, 1), (4, 3), (8, 7)])
+def test_between_slices_the_data_axis_is_slow(num_slices, between):
+    """Of 8 devices on data each sends 7/4 of a sum; beside another slice only its quarter goes between them, twice."""
+    second = estimate.BETWEEN_SLICES_BYTES_PER_SECOND
+    sent = {"data": 7 * second, "fsdp": 4 * second, "context": second, "tensor": second}
+    seconds = estimate._interconnect_seconds(sent, 8, num_slices, estimate.Chip(1, 1.0, 2 * second))
+    assert seconds == pytest.approx(between + (7 - between + 6) / 2)
 
 
 def test_unknown_devices_are_refused():
