@@ -6,6 +6,7 @@ is missing, cut short or of another fingerprint is made again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -95,6 +96,7 @@ class PlannedRows:
         }
         self.damaged: set[str] = set()
         self._num_read = 0
+        self._newest = -1
         self._lock = threading.Lock()
         self._planned = functools.lru_cache(maxsize=3)(self._plan)
         self._tokens_before = functools.lru_cache(maxsize=3)(self._count_tokens_before)
@@ -112,7 +114,12 @@ class PlannedRows:
             # Other numbers than those that order the records of data set and the rows of a segment.
             (seed,) = np.random.SeedSequence([self._seed, number, 1]).generate_state(1)
             plan = pack_plan.make_plan(documents.lengths_N, self._row_length, seed=int(seed))
-            _write_plan(path, plan, forget=path.with_name(f"{number - _KEPT_PLANS:06d}.npz"))
+            # Rows of small segments are asked for when later ones have long been planned to find their places.
+            if number > self._newest - _KEPT_PLANS:
+                _write_plan(path, plan)
+        self._newest = max(self._newest, number)
+        with contextlib.suppress(OSError):  # a read-only data set
+            path.with_name(f"{number - _KEPT_PLANS:06d}.npz").unlink(missing_ok=True)
         order_R = np.arange(plan.num_rows)
         if self._shuffle:
             order_R = np.random.default_rng([self._seed, number, 2]).permutation(order_R)
@@ -293,17 +300,16 @@ def _read_plan(path: pathlib.Path, row_length: int) -> PackPlan | None:
     try:
         with np.load(path) as arrays:
             return PackPlan(arrays["documents_N"], arrays["starts_R"], row_length, int(arrays["num_tokens"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # not there, or cut short by a crash: a plan is made again in a second
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
+        return None  # not there, cut short by a crash or damaged: a plan is made again in a second
 
 
-def _write_plan(path: pathlib.Path, plan: PackPlan, forget: pathlib.Path) -> None:
+def _write_plan(path: pathlib.Path, plan: PackPlan) -> None:
     """Stores a plan for the next start; on a read-only data set it is made anew each time."""
     temporary = path.with_name(f".tmp-{path.stem}-{os.getpid()}.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(temporary, documents_N=plan.documents_N, starts_R=plan.starts_R, num_tokens=np.int64(plan.num_tokens))
         os.replace(temporary, path)
-        forget.unlink(missing_ok=True)
     except OSError as error:
         log.info("the pack plan is not stored beside the shards (%s); it will be made again at the next start", error)

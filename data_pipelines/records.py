@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import pathlib
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,13 +30,14 @@ from array_record.python import array_record_module
 
 from aromni_jax.structs import Example, Modality, Role, Span, Task
 from aromni_jax.vocab import JointVocab
+from data_pipelines.open_shards import READER_OPTIONS, OpenShards, Shard
 
 FORMAT_VERSION = 1
 DATASET_FILE, VOCAB_FILE = "dataset.json", "vocab.json"
 UNIGRAM_FILE = "unigram.npy"
 _CHECKSUM = "checksum"
 _WRITER_OPTIONS = "group_size:1,zstd:1"
-_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+_SHARDS = OpenShards()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,7 +194,7 @@ def write_shard(
             allow_pickle=False,
         )
     if lengths:
-        reader = array_record_module.ArrayRecordReader(str(data_temporary), _READER_OPTIONS)
+        reader = array_record_module.ArrayRecordReader(str(data_temporary), READER_OPTIONS)
         if reader.num_records() != len(lengths):
             raise ValueError(
                 f"{name}: wrote {len(lengths)} records and read back {reader.num_records()}; is the disk full?"
@@ -312,8 +312,11 @@ class TokenDataset:
         self.lengths_N = np.concatenate([index["lengths_N"] for index in indices])
         self.tasks_N = np.concatenate([index["tasks_N"] for index in indices])
         self.hashes_N = np.concatenate([index["hashes_N"] for index in indices])
+        self._shards = [
+            Shard(str(self.directory / f"{marker.name}.array_record"), marker.sha256, marker.records)
+            for marker in self.markers
+        ]
         self._first_records = list(itertools.accumulate((marker.records for marker in self.markers), initial=0))
-        self._local = threading.local()
 
     @property
     def fingerprint(self) -> str:
@@ -359,28 +362,22 @@ class TokenDataset:
         return f"{self.directory / self.markers[shard].name} record {index - self._first_records[shard]}"
 
     def __getitem__(self, index: int) -> StoredExample:
-        """Record `index`; ValueError naming shard and record when it is damaged."""
+        """Record `index`.
+
+        Raises:
+          ValueError: it is damaged; shard and record by name.
+          OSError: its shard cannot be opened now.
+        """
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = bisect.bisect_right(self._first_records, index) - 1
-        offset = index - self._first_records[shard]
         try:
-            # `read(i, i + 1)` is constant time; ArrayRecord's own `__getitem__` protocol is linear in the file.
-            (data,) = self._reader(shard).read(offset, offset + 1)
-            stored = decode_record(data)
-        except (ValueError, RuntimeError, IndexError) as error:
+            stored = decode_record(_SHARDS.read(self._shards[shard], index - self._first_records[shard]))
+        except ValueError as error:
             raise ValueError(f"{self.where(index)} does not read: {error}") from error
         if len(stored.tokens_L) != self.lengths_N[index]:
             raise ValueError(f"{self.where(index)} has {len(stored.tokens_L)} tokens, not {self.lengths_N[index]}")
         return stored
-
-    def _reader(self, shard: int) -> Any:
-        """A reader of this thread's own."""
-        readers: dict[int, Any] = self._local.__dict__.setdefault("readers", {})
-        if shard not in readers:
-            path = self.directory / f"{self.markers[shard].name}.array_record"
-            readers[shard] = array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
-        return readers[shard]
 
     def __iter__(self) -> Iterator[StoredExample]:
         return (self[index] for index in range(len(self)))

@@ -14,7 +14,7 @@ from aromni_jax.config import DataConfig, LossConfig
 from data_pipelines.document_stream import Cursor
 from data_pipelines.mixing import Mixture
 from data_pipelines.pipeline import BatchIterator, make_train_iterator
-from data_pipelines.planned_rows import PlannedRows
+from data_pipelines.planned_rows import PlannedRows, _read_plan
 from data_pipelines.records import TokenDataset
 from tests.fixtures.data_fakes import fake_bundle, make_dataset
 
@@ -219,6 +219,26 @@ def test_plans_are_stored_and_made_again_when_stale_or_damaged(tmp_path: pathlib
     for segment in range(7):
         rows.num_rows(segment)
     assert sorted(path.name for path in stored.parent.iterdir()) == [f"{i:06d}.npz" for i in range(3, 7)]
+
+
+def test_plans_do_not_pile_up_and_no_flipped_bit_ends_a_run(tmp_path: pathlib.Path) -> None:
+    """Batches of many segments of three documents, drawn by four threads; then every bit of a stored plan."""
+    data = make_dataset(tmp_path, 3)
+    batches = iterator({"a": str(data)}, {"a": None}, batch=48, workers=4)
+    for _ in range(4):
+        next(batches)
+    stored = sorted((data / "plans").rglob("[0-9]*.npz"))
+    assert 0 < len(stored) <= 4
+    whole = _read_plan(stored[0], LENGTH)
+    content = stored[0].read_bytes()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        stored[0].write_bytes(damaged)
+        found = _read_plan(stored[0], LENGTH)
+        if found is not None:
+            np.testing.assert_array_equal(found.documents_N, whole.documents_N)
+            np.testing.assert_array_equal(found.starts_R, whole.starts_R)
 
 
 def test_a_record_longer_than_the_row_is_named(paths: dict[str, str]) -> None:
