@@ -49,21 +49,22 @@ def main(args: argparse.Namespace) -> int:
     start_logging()
     keep_freed_memory_on_cpu()
     distributed.connect(args)
-    distributed.quiet_all_but_one()
+    with distributed.leaving_at_once():
+        distributed.quiet_all_but_one()
 
-    from aromni_jax.config import TrainConfig, from_mapping
-    from aromni_jax.train.observe import ProfilerWindow
-    from aromni_jax.train.workdir import prepare
+        from aromni_jax.config import TrainConfig, from_mapping
+        from aromni_jax.train.observe import ProfilerWindow
+        from aromni_jax.train.workdir import prepare
 
-    config = from_mapping(TrainConfig, config_dict)
-    keep_compiled_programs(prepare(args.workdir))
-    hooks: list[Hook] = []
-    if args.profile_steps:
-        first, _, last = args.profile_steps.partition(":")
-        if not (first.isdigit() and last.isdigit()):
-            raise ValueError(f"--profile_steps={args.profile_steps}: give FIRST:LAST, for example 10:15")
-        hooks.append(ProfilerWindow(pathlib.Path(args.workdir), int(first), int(last)))
-    run_training(config, args.workdir, hooks, started=started, executable=args.executable)
+        config = from_mapping(TrainConfig, config_dict)
+        keep_compiled_programs(prepare(args.workdir))
+        hooks: list[Hook] = []
+        if args.profile_steps:
+            first, _, last = args.profile_steps.partition(":")
+            if not (first.isdigit() and last.isdigit()):
+                raise ValueError(f"--profile_steps={args.profile_steps}: give FIRST:LAST, for example 10:15")
+            hooks.append(ProfilerWindow(pathlib.Path(args.workdir), int(first), int(last)))
+        run_training(config, args.workdir, hooks, started=started, executable=args.executable)
     return 0
 
 
@@ -116,6 +117,7 @@ def run_training(
     from aromni_jax.train import workdir as workdirs
     from aromni_jax.train.checkpoint import Checkpointer, RunFacts
     from aromni_jax.train.executable import open_executable, program_facts
+    from aromni_jax.train.leaves import any_process
     from aromni_jax.train.loop import TrainLoop
     from aromni_jax.train.metrics import MetricsWindow, peak_flops
     from aromni_jax.train.state import abstract_state, init_state
@@ -210,6 +212,7 @@ def run_training(
             watchdog=watchdog,
             started=started,
             start_facts=start_facts,
+            is_evaluated=not any_process(is_main and _lacks_evaluation(path, first_step, config.eval_every_steps)),
         )
         result = loop.run(state, first_step)
     if result.is_interrupted:
@@ -217,6 +220,15 @@ def run_training(
     else:
         log.info("done: step %d in %s", result.step, path)
     return TrainResult(path, result.step, result.is_interrupted, result.state, model, vocab, mesh)
+
+
+def _lacks_evaluation(path: pathlib.Path, step: int, every: int) -> bool:
+    """Whether a run goes on from a step that was to be evaluated, and was not, because it was asked to stop."""
+    from aromni_jax.train import workdir as workdirs
+
+    if not step or not every or step % every:
+        return False
+    return all(line["step"] != step for line in workdirs.read_json_lines(path / workdirs.EVALUATIONS_FILE))
 
 
 def _identity_check(
@@ -278,23 +290,26 @@ def _with_params_from(source: str, state: TrainState, wanted: TrainState, vocab:
     import jax.numpy as jnp
 
     from aromni_jax.train.leaves import named_leaves
-    from aromni_jax.train.saved import open_for_export
+    from aromni_jax.train.saved import SavedParams, load_whole
 
-    params = open_for_export(source)
-    vocab.check_fingerprint(params.facts.vocab_fingerprint, f"init_from={source}")
     target = named_leaves(wanted.params)
-    fresh = [name for name in target if name not in params.shapes and name.startswith("perceptual_head/")]
+
+    def as_saved(params: SavedParams) -> dict[str, jax.ShapeDtypeStruct]:
+        vocab.check_fingerprint(params.facts.vocab_fingerprint, f"init_from={source}")
+        return {
+            name: jax.ShapeDtypeStruct(leaf.shape, params.shapes.get(name, leaf).dtype, sharding=leaf.sharding)
+            for name, leaf in target.items()
+            if name in params.shapes or not name.startswith("perceptual_head/")
+        }
+
+    params, loaded = load_whole(source, as_saved)
+    arrays = named_leaves(loaded)
+    fresh = [name for name in target if name not in arrays]
     unused = [name for name in params.shapes if name not in target]
-    as_saved = {
-        name: jax.ShapeDtypeStruct(leaf.shape, params.shapes.get(name, leaf).dtype, sharding=leaf.sharding)
-        for name, leaf in target.items()
-        if name not in fresh
-    }
-    arrays = named_leaves(params.load(as_saved))
     log.info("weights from step %d of %s", params.step, source)
     cast = [name for name, array in arrays.items() if array.dtype != target[name].dtype]
     if cast:
-        stored = as_saved[cast[0]].dtype
+        stored = arrays[cast[0]].dtype
         log.info("cast to %s: %d arrays that are stored as %s", target[cast[0]].dtype, len(cast), stored)
     if fresh:
         log.info("newly initialised, because %s has none: %s", source, ", ".join(fresh))

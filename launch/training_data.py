@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 import shutil
 from typing import Any
@@ -46,7 +45,9 @@ class TrainingData:
             return
         if directory.exists():
             shutil.rmtree(directory)
-        partial = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+        # Only one process of a run comes here, and one killed on the way may have had the same number (in containers).
+        partial = directory.with_name(f".{directory.name}.tmp")
+        shutil.rmtree(partial, ignore_errors=True)
         if self.tokenizers:
             shutil.copytree(self.tokenizers, partial)
         else:

@@ -14,6 +14,7 @@ import os
 import pathlib
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any
@@ -36,6 +37,7 @@ from aromni_jax.train.leaves import (
     key_name,
     named_leaves,
     nested,
+    of_first_process,
     on_device,
 )
 from aromni_jax.train.local_tier import LocalTier
@@ -52,6 +54,9 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 
 _SWITCH_SECONDS = 0.0005
 """After this long a thread of Python gives way to another that waits (5 ms is usual)."""
+
+_SEEN_AFTER_SECONDS = 60
+"""So long a host may go on believing that a folder another host has made is not there (network file systems)."""
 
 _ONE_BEGINS = threading.Lock()
 """Held while Orbax begins to save or to load. It numbers what it does in one variable of the process: two that begin at
@@ -146,6 +151,30 @@ class SavedStep:
             raise
         except Exception as error:
             raise DamagedCheckpoint(f"{path}: {_root_cause(error)}") from error
+
+    @classmethod
+    def open_on_all(cls, directory: pathlib.Path, step: int) -> SavedStep:
+        """`open` on every process of a run.
+
+        Raises:
+          DamagedCheckpoint: on all of them; none can read what describes the arrays.
+          OSError: on all of them; some can.
+        """
+        path, failure = directory / str(step), None
+        if jax.process_count() > 1:
+            _wait_for(path)
+        try:
+            saved = cls.open(directory, step)
+        except DamagedCheckpoint as error:
+            failure = error
+        if not any_process(failure is not None):
+            return saved
+        if any_process(failure is None):
+            # Not damaged, so it must not be set aside; a launcher starts again, perhaps when the host reads again.
+            cause = f"here: {failure}" if failure else "here it reads"
+            raise OSError(f"not every process can read {path} ({cause}); all hosts need the same folder there")
+        assert failure
+        raise failure
 
     def restore(self, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Reads the named arrays onto the shardings of `wanted` (any mesh) and compares their checksums.
@@ -324,7 +353,7 @@ class Checkpointer:
           ValueError: `check` refused, arrays do not fit, or every checkpoint is damaged.
         """
         wanted = named_leaves(abstract_state)
-        steps = self.steps()
+        steps = of_first_process(self.steps())
         found = None
         if self._local:
             local = self._local.restore(wanted, lambda said: check(RunFacts(**said)), steps[-1] if steps else -1)
@@ -345,7 +374,7 @@ class Checkpointer:
         damaged: list[tuple[int, DamagedCheckpoint]] = []
         for step in reversed(steps):
             try:
-                saved = SavedStep.open(self.directory, step)
+                saved = SavedStep.open_on_all(self.directory, step)
                 check(saved.facts)
                 differences = describe_differences(saved.leaves, wanted)
                 if differences:
@@ -395,6 +424,13 @@ class Checkpointer:
         finally:
             self._thread.shutdown()
             self._orbax.close()
+
+
+def _wait_for(path: pathlib.Path) -> None:
+    """Until this host sees a folder that another one has made."""
+    give_up = time.monotonic() + _SEEN_AFTER_SECONDS
+    while not path.is_dir() and time.monotonic() < give_up:
+        time.sleep(1)
 
 
 def _step_back() -> None:

@@ -6,6 +6,7 @@ classes may move without touching old checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -83,3 +84,13 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def of_first_process(numbers: Sequence[int]) -> list[int]:
+    """The whole numbers that process 0 gives, on every process: folders of a network need not look the same to all."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    first = np.zeros(int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers)))), np.int32)
+    if jax.process_index() == 0:
+        first[:] = numbers
+    return np.asarray(multihost_utils.broadcast_one_to_all(first)).tolist() if len(first) else []

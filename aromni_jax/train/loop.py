@@ -149,9 +149,9 @@ class TrainLoop:
     rate of the step after so many; `load`, if given, fetches the compiled step. `place` makes global arrays of the
     rows this process drew; `facts` tells what a checkpoint should say, given the data position and the metrics window;
     `flops` maps (real tokens, attended pairs) of a window to model FLOPs and `peak_flops` is that of the whole mesh.
-    `evaluate(state, step)` runs every `config.eval_every_steps` and its result goes to the hooks. `watchdog` hears what
-    the loop does, `started` is the `time.monotonic()` from which the first step is timed, and `start_facts` go into the
-    first line.
+    `evaluate(state, step)` runs every `config.eval_every_steps` and its result goes to the hooks; who is asked to stop
+    there saves at once, and evaluates at the next start, unless `is_evaluated`. `watchdog` hears what the loop does,
+    `started` is the `time.monotonic()` from which the first step is timed, and `start_facts` go into the first line.
     """
 
     def __init__(
@@ -173,6 +173,7 @@ class TrainLoop:
         watchdog: Watchdog,
         started: float,
         start_facts: dict[str, float] | None = None,
+        is_evaluated: bool = True,
     ):
         self._config = config
         self._jitted_step = step
@@ -193,6 +194,7 @@ class TrainLoop:
         self._is_first = True
         self._save_stall_seconds = self._lost_seconds = 0.0
         self._start_facts = dict(start_facts or {})
+        self._is_evaluated = is_evaluated
         self._num_bad_in_a_row = 0
 
     def run(self, state: PyTree, first_step: int) -> LoopResult:
@@ -211,6 +213,8 @@ class TrainLoop:
                 run_step = self._compile(state, drawn.batch, step) if drawn else None
                 for hook in self._hooks:
                     hook.on_start(step, total)
+                if not self._is_evaluated:
+                    self._run_evaluation(state, step)
                 self._watchdog.enter("step")
                 self._restart_clock()
                 while run_step and drawn and not is_stopping:
@@ -222,7 +226,7 @@ class TrainLoop:
                     done.is_last = not drawn
                     self._record(keep=1)
                     is_stopping = stop.agreed(step)
-                    self._after_step(state, done, is_end=is_stopping or done.is_last)
+                    self._after_step(state, done, is_stopping)
                 self._watchdog.enter("save")
                 self._checkpointer.wait()
             if step < total and not drawn:
@@ -260,21 +264,18 @@ class TrainLoop:
             return None
         return _Drawn(self._place(local_batch), self._batches.state(), wait_seconds)
 
-    def _after_step(self, state: PyTree, done: _Pending, *, is_end: bool) -> None:
+    def _after_step(self, state: PyTree, done: _Pending, is_stopping: bool) -> None:
         """Evaluates and takes a snapshot after `done`, whose metrics may still be on their way: `_record` writes it."""
         config, step = self._config, done.step
+        is_end = is_stopping or done.is_last
         done.is_shared = is_end or step % config.checkpoint.save_every_steps == 0
         done.is_local = bool(config.checkpoint.local_directory) and step % config.checkpoint.local_every_steps == 0
-        is_evaluating = self._evaluate and config.eval_every_steps and step % config.eval_every_steps == 0
+        is_evaluating = config.eval_every_steps and step % config.eval_every_steps == 0
         if is_evaluating or is_end:
             self._record(keep=0)
-        if is_evaluating and self._evaluate:
-            self._watchdog.enter("evaluate")
-            results = self._evaluate(state, step)
-            for hook in self._hooks:
-                hook.on_eval(step, results)
-            self._watchdog.enter("step")
-            self._clock = time.monotonic()
+        # Whoever stops a run may give it half a minute.
+        if is_evaluating and (done.is_last or not is_stopping):
+            self._run_evaluation(state, step)
         if done.is_shared or done.is_local:
             self._watchdog.enter("save")
             start = time.monotonic()
@@ -283,6 +284,16 @@ class TrainLoop:
             self._watchdog.enter("step")
             if not self._pending:
                 self._write(done)
+
+    def _run_evaluation(self, state: PyTree, step: int) -> None:
+        if not self._evaluate:
+            return
+        self._watchdog.enter("evaluate")
+        results = self._evaluate(state, step)
+        for hook in self._hooks:
+            hook.on_eval(step, results)
+        self._watchdog.enter("step")
+        self._clock = time.monotonic()
 
     def _write(self, done: _Pending) -> None:
         """Hands the snapshot of a recorded step to the checkpointer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import tensorstore
 
 from aromni_jax.train import workdir as workdirs
 from aromni_jax.train.checkpoint import DamagedCheckpoint, RunFacts, SavedStep, list_steps
-from aromni_jax.train.leaves import nested
+from aromni_jax.train.leaves import nested, of_first_process
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class SavedParams:
 
 def _candidates(workdir: str | os.PathLike[str], step: int | None) -> tuple[pathlib.Path, list[int]]:
     directory = pathlib.Path(workdir).absolute() / workdirs.CHECKPOINTS
-    steps = list_steps(directory)
+    steps = of_first_process(list_steps(directory))
     if not steps:
         raise ValueError(f"no checkpoint below {directory}; train first, or give the folder of another run")
     if step is None:
@@ -115,7 +116,10 @@ def open_for_export(workdir: str | os.PathLike[str], step: int | None = None, em
     Raises:
       ValueError: nothing to read, or a model between pre-norm and Swin-Norm, which only training can compute.
     """
-    saved = open_saved(workdir, step)
+    return _usable(open_saved(workdir, step), ema)
+
+
+def _usable(saved: SavedStep, ema: bool) -> SavedParams:
     blend_steps = saved.facts.config.get("norm_blend_steps", 0)
     if saved.step < blend_steps:
         raise ValueError(
@@ -131,21 +135,33 @@ def read_metadata(workdir: str | os.PathLike[str], step: int | None = None) -> t
     return saved.step, saved.facts
 
 
-def load_params(workdir: str | os.PathLike[str], step: int | None = None, ema: bool = False) -> dict[str, Any]:
-    """Weights of a checkpoint as a nested dict on one device: the newest that is whole when `step` is None.
+def load_whole(
+    workdir: str | os.PathLike[str],
+    wanted: Callable[[SavedParams], dict[str, jax.ShapeDtypeStruct] | None] = lambda params: None,
+    step: int | None = None,
+    ema: bool = False,
+) -> tuple[SavedParams, dict[str, Any]]:
+    """A checkpoint and its weights (`SavedParams.load` of what is `wanted` of it): the newest that is whole when `step`
+    is None. All processes of a run call it, and take the same.
 
     Raises:
-      ValueError: no checkpoint, none readable, or no moving average in it.
+      ValueError: no checkpoint, none readable, no moving average in it, or `open_for_export` would refuse it.
     """
     directory, steps = _candidates(workdir, step)
     for number in steps:
         try:
-            params = SavedParams(SavedStep.open(directory, number), ema).load()
+            params = _usable(SavedStep.open_on_all(directory, number), ema)
+            arrays = params.load(wanted(params))
         except DamagedCheckpoint as error:
             log.error("checkpoint %d is damaged (%s)", number, error)
             cause = error
             continue
         if number != steps[0]:
             log.error("using checkpoint %d instead of damaged %d", number, steps[0])
-        return params
+        return params, arrays
     raise ValueError(f"no checkpoint below {directory} can be read: {cause}")
+
+
+def load_params(workdir: str | os.PathLike[str], step: int | None = None, ema: bool = False) -> dict[str, Any]:
+    """`load_whole`'s weights as a nested dict on one device."""
+    return load_whole(workdir, step=step, ema=ema)[1]

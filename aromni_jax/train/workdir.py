@@ -7,6 +7,7 @@ A workdir holds `config.json` (resolved), `tokenizers/` (at least `vocab.json`),
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
@@ -15,6 +16,8 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 from typing import Any
+
+from aromni_jax.models.config import resolve_model
 
 log = logging.getLogger(__name__)
 
@@ -175,13 +178,20 @@ def _may_change(key: str) -> bool:
     return any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
 
 
+def _with_model_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The model by its fields, however the config names it: a size alone, or a size and what differs from it."""
+    if "model" not in config:
+        return config
+    return config | {"model": dataclasses.asdict(resolve_model(config["model"], 1, 0))}
+
+
 def check_same_config(saved: dict[str, Any], current: dict[str, Any], where: pathlib.Path) -> list[str]:
     """Compares two resolved configs; returns one readable line per difference that is allowed (`MAY_CHANGE`).
 
     Raises:
       ValueError: the configs differ in what is learned, listing every such key with both values.
     """
-    old, new = flatten(saved), flatten(current)
+    old, new = flatten(_with_model_fields(saved)), flatten(_with_model_fields(current))
     lines = {
         key: f"{key}: {json.dumps(old[key]) if key in old else 'absent'} in the workdir, "
         f"{json.dumps(new[key]) if key in new else 'absent'} now"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import pathlib
 import signal
+import socket
 import subprocess
+import time
 
 import numpy as np
 import pytest
-from runs import ROOT, environment, finish, lines, run, when
+from runs import ROOT, environment, finish, lines, run, start, when
 
 from aromni_jax.train import saved
 from configs.pretrain import get_config
@@ -104,3 +106,19 @@ def test_dry_run_prints_the_commands_and_runs_nothing(tmp_path, cache):
 def test_processes_named_halfway_are_refused(tmp_path, cache, flags, message):
     error = run(tmp_path / "run", cache, *flags, expected=1)
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_before_the_first_step_ends_both(tmp_path, cache):
+    """The data are missing on one host: that one says so, with the status of what a user can mend."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    joined = (*OVERRIDES, f"--coordinator_address=localhost:{port}", "--num_processes=2")
+    missing = "--config.data.mixture={'a': {'path': '/not/here', 'weight': 1.0}}"
+    began = time.monotonic()
+    other = start(tmp_path / "run", cache, *joined, "--process_id=0")
+    guilty = start(tmp_path / "run", cache, *joined, "--process_id=1", missing)
+    assert "/not/here" in finish(guilty, expected=1)
+    assert finish(other, expected=None) and other.returncode not in (0, 1, 2)
+    assert time.monotonic() - began < 120

@@ -252,6 +252,23 @@ def test_a_new_run_can_start_from_the_weights_of_another(on_eight, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_new_run_starts_from_the_newest_whole_weights(on_eight, tmp_path, caplog):
+    """The other run's last checkpoint is damaged: the one before it is taken, and named."""
+    source = tmp_path / "source"
+    shutil.copytree(on_eight[0].workdir, source)
+    before, newest = saved.available_steps(source)[-2:]
+    for file in (source / "checkpoints" / str(newest) / "state").rglob("*"):
+        if file.is_file() and file.stat().st_size > 4096:
+            file.write_bytes(file.read_bytes()[:-2048])
+    changes = {"init_from": str(source), "total_steps": 1, "optimizer": {"learning_rate": 0.0, "warmup_steps": 0}}
+    result = run_training(debug_config(**changes), tmp_path / "run", with_progress=False)
+    expected = named_leaves(saved.load_params(source, before))
+    for path, leaf in named_leaves(result.state.params).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+    assert f"using checkpoint {before} instead of damaged {newest}" in caplog.text
+
+
+@pytest.mark.slow
 def test_rounded_weights_that_start_from_exact_ones_keep_them_as_their_master(on_eight, tmp_path):
     finished, _ = on_eight
     optimizer = {"learning_rate": 0.0, "warmup_steps": 0, "ema_decay": 0.5, "offload": True}

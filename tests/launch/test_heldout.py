@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import signal
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 
 from aromni_jax.config import TrainConfig, from_mapping
 from aromni_jax.train.metrics import MetricsWindow
+from aromni_jax.train.observe import Hook
+from aromni_jax.train.saved import available_steps
 from configs.common import set_mixture
 from configs.pretrain import get_config
 from launch.train import run_training
@@ -45,6 +49,25 @@ def test_losses_on_named_sets_are_written_and_the_sets_may_change(tmp_path):
     run_training(longer, workdir, with_progress=False)
     last = json.loads((workdir / "evaluations.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 6 and "seen/loss/text" not in last
+
+
+def test_who_is_stopped_saves_at_once_and_evaluates_at_the_next_start(tmp_path):
+    """SIGTERM arrives while step 2 runs, after which an evaluation is due."""
+
+    class Stop(Hook):
+        def on_step(self, step, line):
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    data, workdir = make_dataset(tmp_path, name="data"), tmp_path / "run"
+    config = config_for(data, {"seen": str(data)}, eval_every_steps=2)
+    stopped = run_training(config, workdir, [Stop()], with_progress=False)
+    assert stopped.is_interrupted and available_steps(workdir) == [2] == [stopped.step]
+    file = workdir / "evaluations.jsonl"
+    assert not file.exists() or not file.read_text()
+    run_training(config, workdir, with_progress=False)
+    run_training(config_for(data, {"seen": str(data)}, eval_every_steps=2, total_steps=6), workdir, with_progress=False)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [2, 4, 6]
 
 
 def test_an_evaluation_of_nothing_is_refused(tmp_path):

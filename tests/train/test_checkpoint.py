@@ -397,6 +397,15 @@ def test_config_differences_that_matter_are_refused_together(tmp_path):
     assert workdirs.check_same_config(old, json.loads(json.dumps(old)), tmp_path) == []
 
 
+def test_a_model_is_the_same_however_it_is_named(tmp_path):
+    """Configs name a size; changing how it is computed makes a group of fields of it, and may go on."""
+    allowed = workdirs.check_same_config({"model": "debug"}, {"model": {"size": "debug", "remat": "full"}}, tmp_path)
+    assert allowed == ['model.remat: "none" in the workdir, "full" now']
+    assert workdirs.check_same_config({"model": "debug"}, {"model": {"size": "debug", "num_layers": 2}}, tmp_path) == []
+    with pytest.raises(ValueError, match="model.num_layers: 2 in the workdir, 3 now"):
+        workdirs.check_same_config({"model": "debug"}, {"model": {"size": "debug", "num_layers": 3}}, tmp_path)
+
+
 def test_json_lines_are_cut_to_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
