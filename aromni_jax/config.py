@@ -1,8 +1,8 @@
 """Typed configuration: an ml_collections ConfigDict becomes frozen dataclasses, and every wrong key is an error.
 
 Config files say what to do, these classes say what can be said. An unknown key is answered with the nearest known
-one, a missing key with its type, a mistyped value with the type that was expected. Nothing reads a ConfigDict after
-this point, so no default hides in a `.get`.
+one, a missing key with its type, a mistyped value with the type that was expected, a number out of range with the
+range. Nothing reads a ConfigDict after this point, so no default hides in a `.get`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,38 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from ml_collections import ConfigDict
 
 T = TypeVar("T")
+
+
+class Allowed(NamedTuple):
+    """Which numbers a key may hold: beside its type, in `Annotated`. `words` completes "give ..."."""
+
+    test: Callable[[Any], bool]
+    words: str
+
+
+Count = Annotated[int, Allowed(lambda n: n >= 1, "a whole number of at least 1")]
+CountOrZero = Annotated[int, Allowed(lambda n: n >= 0, "a whole number of at least 0")]
+# Devices count steps in 32 bits; random generators take 63, and no sign.
+NumSteps = Annotated[int, Allowed(lambda n: 1 <= n < 2**31, "a whole number from 1 to 2**31 - 1")]
+Seed = Annotated[int, Allowed(lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")]
+Axis = Annotated[
+    int, Allowed(lambda n: n >= 1 or n == -1, "a whole number of at least 1, or -1 for all devices that remain")
+]
+Positive = Annotated[float, Allowed(lambda x: x > 0, "a number above 0")]
+NotNegative = Annotated[float, Allowed(lambda x: x >= 0, "a number of at least 0")]
+Fraction = Annotated[float, Allowed(lambda x: 0 <= x <= 1, "a number from 0 to 1")]
+Decay = Annotated[float, Allowed(lambda x: 0 <= x < 1, "a number of at least 0 and below 1")]
+# Python's timers count nanoseconds in 63 bits, and the watchdog sets one to six times as long and more.
+Seconds = Annotated[float, Allowed(lambda x: 0 <= x <= 1e9, "a number from 0 to 1e9")]
 
 
 def _fail(path: str, message: str) -> typing.NoReturn:
@@ -30,6 +54,12 @@ def _coerce(value: Any, expected: Any, path: str) -> Any:
         value = value.to_dict()
     origin = typing.get_origin(expected)
     if expected is Any:
+        return value
+    if origin is Annotated:
+        kind, allowed = typing.get_args(expected)
+        value = _coerce(value, kind, path)
+        if not allowed.test(value):
+            _fail(path, f"{value!r} is not allowed; give {allowed.words}")
         return value
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(expected)
@@ -68,16 +98,24 @@ def _coerce(value: Any, expected: Any, path: str) -> Any:
         return int(value)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         _fail(path, f"must be of type {getattr(expected, '__name__', expected)}, not {value!r}")
+    if expected is float and not math.isfinite(value):
+        _fail(path, f"{value!r} is not allowed; give a finite number")
     return value
+
+
+def _describe(expected: Any) -> str:
+    if typing.get_origin(expected) is Annotated:
+        return typing.get_args(expected)[1].words
+    return f"a value of type {expected.__name__ if isinstance(expected, type) else expected}"
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any] | ConfigDict, path: str = "") -> T:
     """Builds the frozen dataclass `cls` from nested mappings or a ConfigDict.
 
     Raises:
-      ValueError: unknown key (with the nearest known one), missing key, or a value of another type.
+      ValueError: unknown key (with the nearest known one), missing key, or a value of another type or out of range.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, cls))}
     dotted = f"{path}." if path else ""
     for key in values:
@@ -90,7 +128,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any] | ConfigDict, path: str
         if name in values:
             built[name] = _coerce(values[name], hints[name], f"{dotted}{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            _fail(f"{dotted}{name}", f"missing; set it to a value of type {hints[name]}")
+            _fail(f"{dotted}{name}", f"missing; give {_describe(hints[name])}")
     return cls(**built)
 
 
@@ -103,11 +141,11 @@ def to_json(config: Any) -> str:
 class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1: whatever devices remain. `num_slices` splits `data` over DCN."""
 
-    data: int
-    fsdp: int
-    context: int
-    tensor: int
-    num_slices: int = 1
+    data: Axis
+    fsdp: Axis
+    context: Axis
+    tensor: Axis
+    num_slices: Count = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,17 +160,17 @@ class OptimizerConfig:
     """
 
     name: typing.Literal["adamw", "adafactor", "lion", "muon"]
-    learning_rate: float
+    learning_rate: NotNegative
     schedule: typing.Literal["cosine", "linear", "wsd", "constant"]
-    warmup_steps: int
-    final_learning_rate_fraction: float
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
-    decay_steps: int = 0
-    ema_decay: float = 0.0
+    warmup_steps: CountOrZero
+    final_learning_rate_fraction: Fraction
+    b1: Decay
+    b2: Decay
+    eps: Positive
+    weight_decay: NotNegative
+    clip_norm: NotNegative
+    decay_steps: CountOrZero = 0
+    ema_decay: Decay = 0.0
     moment_dtype: typing.Literal["float32", "bfloat16"] = "float32"
     master_weights: bool = True
     offload: bool = False
@@ -152,12 +190,12 @@ class LossConfig:
     """
 
     weighting: typing.Literal["uniform", "response", "balanced", "sft"]
-    perceptual_weight: float
+    perceptual_weight: NotNegative
     perceptual_mode: typing.Literal["predict", "official"]
-    z_loss_weight: float
-    chunk_tokens: int
-    task_modality_weights: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    transcript_weight: float = 1.0
+    z_loss_weight: NotNegative
+    chunk_tokens: Count
+    task_modality_weights: dict[str, dict[str, NotNegative]] = dataclasses.field(default_factory=dict)
+    transcript_weight: NotNegative = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,22 +215,16 @@ class DataConfig:
 
     mixture: str | dict[str, dict[str, Any]]
     weight_unit: typing.Literal["examples", "tokens"]
-    num_workers: int
-    prefetch_batches: int
+    num_workers: CountOrZero
+    prefetch_batches: CountOrZero
     shuffle: bool = True
     evaluation: dict[str, str] = dataclasses.field(default_factory=dict)
-    evaluation_examples: int = 512
-    temperature: float = 1.0
+    evaluation_examples: CountOrZero = 512
+    temperature: Positive = 1.0
     when_exhausted: typing.Literal["repeat", "stop"] = "repeat"
-    epochs: int = 1
+    epochs: Count = 1
     duplicates: typing.Literal["keep", "drop"] = "keep"
     verify: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            _fail("data.temperature", f"must be positive, not {self.temperature}; 1 leaves the shares as they are")
-        if self.epochs < 1:
-            _fail("data.epochs", f"must be at least 1, not {self.epochs}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,12 +235,12 @@ class CheckpointConfig:
     every `local_every_steps`. A restart of as many processes on the same mesh reads it where it is newer and whole.
     """
 
-    save_every_steps: int
-    keep_last: int
-    keep_every_steps: int
+    save_every_steps: Count
+    keep_last: Count
+    keep_every_steps: CountOrZero
     asynchronous: bool
     local_directory: str = ""
-    local_every_steps: int = 0
+    local_every_steps: CountOrZero = 0
 
     def __post_init__(self) -> None:
         if bool(self.local_directory) != (self.local_every_steps > 0):
@@ -228,22 +260,22 @@ class TrainConfig:
     steps (0: at once, which gives up what the weights knew).
     """
 
-    seed: int
+    seed: Seed
     model: str | dict[str, Any]
-    total_steps: int
-    global_batch_size: int
-    sequence_length: int
-    gradient_accumulation_steps: int
+    total_steps: NumSteps
+    global_batch_size: Count
+    sequence_length: Count
+    gradient_accumulation_steps: Count
     optimizer: OptimizerConfig
     mesh: MeshConfig
     checkpoint: CheckpointConfig
     loss: LossConfig
     data: DataConfig
     init_from: str
-    log_every_steps: int
-    eval_every_steps: int
-    watchdog_seconds: float = 600.0
-    norm_blend_steps: int = 0
+    log_every_steps: Count
+    eval_every_steps: CountOrZero
+    watchdog_seconds: Seconds = 600.0
+    norm_blend_steps: CountOrZero = 0
 
     def __post_init__(self) -> None:
         if self.global_batch_size % self.gradient_accumulation_steps:
@@ -251,14 +283,9 @@ class TrainConfig:
                 "gradient_accumulation_steps",
                 f"{self.gradient_accumulation_steps} does not divide global_batch_size {self.global_batch_size}",
             )
-        for name in ("total_steps", "global_batch_size", "sequence_length", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                _fail(name, f"must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.norm_blend_steps <= self.total_steps:
+        if self.norm_blend_steps > self.total_steps:
             _fail(
                 "norm_blend_steps", f"must be from 0 to total_steps = {self.total_steps}, not {self.norm_blend_steps}"
             )
         if self.norm_blend_steps and not self.init_from:
             _fail("norm_blend_steps", "blends from the weights of a pre-norm run; name it with init_from, or set 0")
-        if self.watchdog_seconds < 0:
-            _fail("watchdog_seconds", f"must be positive, or 0 for no watchdog, not {self.watchdog_seconds}")

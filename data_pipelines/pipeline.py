@@ -307,12 +307,18 @@ def load_examples(
     wanted: Sequence[int] = range(len(dataset))
     if tasks is not None:
         wanted = np.flatnonzero(np.isin(dataset.tasks_N, [int(task) for task in tasks])).tolist()
-    found = [dataset[index] for index in wanted]
-    if holdout is not None:
-        found = [stored for stored in found if stored.facts.get("holdout") == holdout]
-    if limit is not None and len(found) > limit:
-        found = [found[i] for i in np.linspace(0, len(found) - 1, limit).round().astype(int)]
-    return found
+    if holdout is None:
+        # Only what is kept is read. A hold-out is a fact of the record itself, which reading alone tells.
+        return [dataset[index] for index in _spread(wanted, limit)]
+    stored = (dataset[index] for index in wanted)
+    return _spread([each for each in stored if each.facts.get("holdout") == holdout], limit)
+
+
+def _spread(items: Sequence[Any], limit: int | None) -> list[Any]:
+    """`limit` of `items`, evenly, the first and the last among them; all where there are no more."""
+    if limit is None or len(items) <= limit:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
 
 
 def evaluation_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import pathlib
@@ -99,13 +100,14 @@ def format_seconds(seconds: float) -> str:
 class Progress(Hook):
     """Step, losses, speed and time left: one line that is drawn over on a terminal, a new line now and then elsewhere.
 
-    Time left follows an average over about the last fifty steps, so that it recovers from a slow start.
+    Time left follows an average over about the last fifty steps, so that it recovers from a slow start. A run outlives
+    whoever reads its output: what cannot be written is left out.
     """
 
     def __init__(self, label: str = "train", stream: TextIO | None = None, line_every_seconds: float = 10.0):
         self._label = label
-        self._stream = stream or sys.stderr
-        self._is_terminal = self._stream.isatty()
+        self._stream: TextIO | None = stream or sys.stderr  # None where the process has no standard error
+        self._is_terminal = self._stream is not None and self._stream.isatty()
         self._line_every = 0.25 if self._is_terminal else line_every_seconds
         self._seconds_per_step = 0.0
         self._num_seen = 0
@@ -149,43 +151,66 @@ class Progress(Hook):
         if self._is_terminal:
             done = round(20 * step / self._total)
             text = f"\r\x1b[2K[{'#' * done}{'.' * (20 - done)}] {text}"
-        print(text, end="" if self._is_terminal else "\n", file=self._stream, flush=True)
+        self._write(text if self._is_terminal else text + "\n")
+
+    def _write(self, text: str) -> None:
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                self._stream.write(text)
+                self._stream.flush()
 
     def on_end(self, step: int) -> None:
         if self._is_terminal:
-            print(file=self._stream, flush=True)
+            self._write("\n")
 
 
 class ProfilerWindow(Hook):
-    """Records steps `first`..`last` with the JAX profiler into `workdir/profile`, for TensorBoard or XProf."""
+    """Records steps `first`..`last` with the JAX profiler into `workdir/profile`, for TensorBoard or XProf.
+
+    A run that ends inside the window leaves a profile of the steps it came to, one that ends before it says so.
+    """
 
     def __init__(self, workdir: pathlib.Path, first: int, last: int):
         if not 1 <= first <= last:
             raise ValueError(f"profiler window {first}:{last} must be FIRST:LAST with 1 <= FIRST <= LAST")
         self._folder, self._first, self._last = workdir / "profile", first, last
-        self._is_recording = False
+        self._start = self._end = 0
+        self._is_recording = self._has_profile = False
+
+    def on_start(self, step: int, total_steps: int) -> None:
+        self._start, self._end = step, min(self._last, total_steps)
+        self.on_step(step, None)
 
     def on_step(self, step: int, line: dict[str, Any] | None) -> None:
         import jax
 
         # Hooks hear of a step while the next one runs: steps first..last run between the calls for first-1 and last.
-        if not self._is_recording and self._first - 1 <= step < self._last:
+        if not self._is_recording and self._first - 1 <= step < self._end:
             jax.profiler.start_trace(str(self._folder))
             self._is_recording = True
-        elif self._is_recording and step >= self._last:
-            self._stop()
+        elif self._is_recording and step >= self._end:
+            self._stop(step)
 
-    def _stop(self) -> None:
+    def _stop(self, step: int) -> None:
         import jax
 
         jax.profiler.stop_trace()
         self._is_recording = False
-        log.info("profile of steps %d..%d written to %s", self._first, self._last, self._folder)
-
-    def on_start(self, step: int, total_steps: int) -> None:
-        if self._first <= step + 1 <= self._last:
-            self.on_step(step, None)
+        first = max(self._first, self._start + 1)
+        # The recording begins a step early, and a run may be stopped just then.
+        if step >= first:
+            self._has_profile = True
+            log.info("profile of steps %d..%d written to %s", first, step, self._folder)
 
     def on_end(self, step: int) -> None:
         if self._is_recording:
-            self._stop()
+            self._stop(step)
+        if not self._has_profile:
+            log.warning(
+                "no profile of steps %d..%d: this start began after step %d and ended after step %d; "
+                "choose --profile_steps between them",
+                self._first,
+                self._last,
+                self._start,
+                step,
+            )

@@ -208,6 +208,22 @@ def test_examples_by_task_and_holdout(data: pathlib.Path) -> None:
     assert len(load_examples(data, limit=7)) == 7
 
 
+@pytest.mark.parametrize("tasks", [None, [Task.CAPTION]])
+def test_a_few_examples_are_found_without_reading_the_others(
+    data: pathlib.Path, tasks: list[Task] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = load_examples(data, VOCAB, tasks=tasks)
+    read, get = [], TokenDataset.__getitem__
+    monkeypatch.setattr(TokenDataset, "__getitem__", lambda self, index: read.append(index) or get(self, index))
+    for limit in (1, 8, len(everything), len(everything) + 1):
+        read.clear()
+        few = load_examples(data, VOCAB, tasks=tasks, limit=limit)
+        number = min(limit, len(everything))
+        places = np.linspace(0, len(everything) - 1, number).round().astype(int)
+        assert [stored.key for stored in few] == [everything[place].key for place in places]
+        assert len(read) == number, "every process reads them at each of its starts"
+
+
 def test_local_rows_must_lie_in_the_batch(data: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="outside a global batch of 4"):
         iterator(data, rows=np.array([3, 4]))
