@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from launch.flags import BAD_INPUT
+from launch.flags import is_bad_input
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("launch.quickstart", "the main job on the embedded corpus, from raw data to a report"),
@@ -46,7 +46,8 @@ def _usage() -> str:
 def run(command: str, argv: Sequence[str]) -> int:
     """Runs one subcommand; 0 means done, anything else printed one line that says what to do.
 
-    1 is an error that the user can mend, 2 a wrong command line, 70 anything else that went wrong.
+    1 is an error that the user can mend, 2 a wrong command line, 75 what another start may get past, 70 anything else
+    that went wrong.
     """
     parser = build_parser(command)
     module = importlib.import_module(COMMANDS[command][0])
@@ -60,11 +61,6 @@ def run(command: str, argv: Sequence[str]) -> int:
     args.config_overrides = overrides
     try:
         return module.main(args)
-    except BAD_INPUT as error:
-        if os.environ.get("AROMNI_TRACEBACK"):
-            raise
-        print(f"aromni {command}: error: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
         # Whoever read the output has gone, and Python would trip over it once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,12 +70,25 @@ def run(command: str, argv: Sequence[str]) -> int:
         print(f"aromni {command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from aromni_jax.train.watchdog import EXIT_UNEXPECTED
+        if os.environ.get("AROMNI_TRACEBACK"):
+            raise
+        return _report(command, error)
 
-        traceback.print_exc()
-        cause = str(error).strip().split("\n")[0][:200]
-        print(f"aromni {command}: error: this should not happen: {type(error).__name__}: {cause}", file=sys.stderr)
-        return EXIT_UNEXPECTED
+
+def _report(command: str, error: Exception) -> int:
+    """Says what went wrong; returns the exit status."""
+    from aromni_jax.train.watchdog import EXIT_TRY_AGAIN, EXIT_UNEXPECTED, TryAgain
+
+    if is_bad_input(error):
+        print(f"aromni {command}: error: {error}", file=sys.stderr)
+        return 1
+    if isinstance(error, TryAgain):
+        print(f"aromni {command}: error: {error}", file=sys.stderr)
+        return EXIT_TRY_AGAIN
+    traceback.print_exc()
+    cause = str(error).strip().split("\n")[0][:200]
+    print(f"aromni {command}: error: this should not happen: {type(error).__name__}: {cause}", file=sys.stderr)
+    return EXIT_UNEXPECTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

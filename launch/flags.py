@@ -7,12 +7,27 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib.util
 import pathlib
 from typing import Any
 
-BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-"""What the user can mend: answered with one line, not with a traceback."""
+BAD_INPUT = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+"""Errors of the user, who can mend them."""
+
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """Whether an error is answered with one line, not with a traceback: `BAD_INPUT`, or no place to write to."""
+    return isinstance(error, BAD_INPUT) or (isinstance(error, OSError) and error.errno in _NO_PLACE)
 
 
 def add_config_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -115,6 +115,7 @@ def export_chameleon(
 
     Args:
       tokenizers: directory copied to `tokenizers/`.
+      overwrite: an export that is at `output` goes.
       progress: called with the name of each tensor before it is read.
 
     Returns:
@@ -149,7 +150,7 @@ def export_chameleon(
         **dataclasses.asdict(provenance),
     }
     config = to_chameleon(model, vocab, dtype=dtype, max_positions=provenance.max_positions)
-    with whole_directory(output, overwrite=overwrite) as directory:
+    with whole_directory(output, replaces=METADATA_FILE if overwrite else None) as directory:
         written = write_shards(
             directory,
             entries(extra=False),

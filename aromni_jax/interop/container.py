@@ -32,16 +32,24 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 @contextlib.contextmanager
-def whole_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def whole_directory(output: Path, *, replaces: str | None = None) -> Iterator[Path]:
     """A temporary sibling of `output` that takes its place when the block succeeds and vanishes when it fails.
 
+    What is in `output` may go where it holds a file called `replaces`, and no checkpoints.
+
     Raises:
-      ValueError: `output` exists and is not empty, unless `overwrite`; or its parent cannot be written.
+      ValueError: `output` exists, is not empty and may not go; or its parent cannot be written.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; --output must name a directory to create")
-    if not overwrite and output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty; name another directory, or remove this one first")
+    if output.exists() and any(output.iterdir()):
+        if replaces is None:
+            raise ValueError(f"{output} is not empty; name another directory, or remove this one first")
+        if not (output / replaces).is_file() or (output / "checkpoints").exists():
+            raise ValueError(
+                f"{output} holds other things than what is written here (no {replaces}, or checkpoints of a run), "
+                "which --overwrite does not remove; name another directory"
+            )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from aromni_jax.config import from_mapping
+from aromni_jax.config import Count, CountOrZero, Positive, from_mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,18 +22,18 @@ class ModelConfig:
     over layers: slower to compile, the same parameter tree. `attention` chooses an implementation (`attention.py`).
     """
 
-    vocab_size: int
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    perceptual_dim: int = 0
+    vocab_size: Count
+    num_layers: Count
+    d_model: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    mlp_dim: Count
+    perceptual_dim: CountOrZero = 0
     norm_position: Literal["swin", "pre"] = "swin"
     qk_norm: bool = True
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
+    rope_theta: Positive = 10_000.0
+    norm_eps: Positive = 1e-5
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "offload", "dots", "attention"] = "none"

@@ -42,6 +42,7 @@ from aromni_jax.train.leaves import (
 )
 from aromni_jax.train.local_tier import LocalTier
 from aromni_jax.train.pieces import PIECE_BYTES, Pieces, is_possible
+from aromni_jax.train.watchdog import TryAgain
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +244,7 @@ class Checkpointer:
     def _open(self) -> None:
         _meet_over_the_network()
         policies = ocp.training.preservation_policies
-        keep: list[Any] = [policies.LatestN(max(self._config.keep_last, 1))]
+        keep: list[Any] = [policies.LatestN(self._config.keep_last)]
         if self._config.keep_every_steps:
             keep.append(policies.EveryNSteps(self._config.keep_every_steps))
         saving = context(between=self._pieces.pause)
@@ -411,11 +412,17 @@ class Checkpointer:
         self._open()
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk; raises what went wrong with it."""
+        """Blocks until the last save is on disk; TryAgain with what went wrong with it."""
         self._pieces.hurry()
-        while self._writing:
-            self._writing.pop(0).result()
-        self._orbax.wait()
+        try:
+            while self._writing:
+                self._writing.pop(0).result()
+            self._orbax.wait()
+        except Exception as error:
+            raise TryAgain(
+                f"a checkpoint could not be written below {self.directory} ({_root_cause(error)}): is there space, is "
+                "the folder still mounted? The same command goes on from the last one that is whole"
+            ) from error
 
     def close(self) -> None:
         """Waits and releases; call it before the process ends."""

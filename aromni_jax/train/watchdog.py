@@ -27,7 +27,8 @@ from aromni_jax.train import workdir as workdirs
 log = logging.getLogger(__name__)
 
 EXIT_TRY_AGAIN = 75
-"""Exit status of a process that hung or lost another one (EX_TEMPFAIL): start the whole run again, it will go on."""
+"""Exit status of a process that hung, lost another one or could not save (EX_TEMPFAIL): start the whole run again, it
+will go on."""
 
 EXIT_UNEXPECTED = 70
 """Exit status after an error that no user can cause as far as we know (EX_SOFTWARE): a bug, memory, a broken machine.
@@ -44,6 +45,10 @@ BEAT_EVERY_SECONDS = 15.0
 REPORT_EVERY_SECONDS = 60.0
 _SLOW_HOST_FRACTION = 0.2
 """A process whose host takes this share of a step more than the median one is named."""
+
+
+class TryAgain(Exception):
+    """What another start may get past; it ends a process with `EXIT_TRY_AGAIN`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +240,9 @@ class Watchdog:
             + "; ".join(map(str, [self.heartbeat(), *last]))
             + f". Leaving with status {EXIT_TRY_AGAIN}; the same command goes on from the last checkpoint"
         )
-        print(message, file=sys.stderr, flush=True)
         path = self._folder / f"hang_{self._process:05d}.txt"
         try:
+            print(message, file=sys.stderr, flush=True)
             with open(path, "w", encoding="utf-8") as file:
                 print(time.strftime("%Y-%m-%dT%H:%M:%S%z"), message, file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)

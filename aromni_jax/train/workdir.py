@@ -62,7 +62,8 @@ become is for the data to say, which goes on where each data set stood."""
 
 
 def prepare(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """Makes the folder and proves that it can be written; ValueError with the reason where it cannot."""
+    """Makes the folder and proves that it can be written; ValueError with the reason where it cannot, or where it holds
+    something else than a run, which a run would write over."""
     path = pathlib.Path(workdir).absolute()
     if "://" in str(workdir):
         raise ValueError(f"workdir {str(workdir)!r}: mount the bucket and give the mounted folder (gcsfuse does that)")
@@ -74,7 +75,23 @@ def prepare(workdir: str | os.PathLike[str]) -> pathlib.Path:
         raise ValueError(
             f"workdir {path} cannot be written: {error.strerror}; give a folder you may write to with --workdir"
         ) from error
+    if not (path / CHECKPOINTS).exists() and not _is_of_a_run(path / CONFIG_FILE):
+        raise ValueError(
+            f"workdir {path} holds a {CONFIG_FILE} that no run has written (an export, another project?); give another "
+            "--workdir, and to start from weights there `aromni import` them and set init_from"
+        )
     return path
+
+
+def _is_of_a_run(config: pathlib.Path) -> bool:
+    """Whether a run may write this file anew."""
+    if not config.exists():
+        return True
+    try:
+        found = json.loads(config.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(found, dict) and {"total_steps", "optimizer", "mesh"} <= found.keys()
 
 
 @contextlib.contextmanager

@@ -154,11 +154,22 @@ def test_export_does_not_touch_a_directory_that_holds_something(tmp_path, model,
     assert (tmp_path / "out" / "thesis.txt").read_text() == "dear"
 
 
-def test_overwriting_replaces_the_whole_directory(tmp_path):
+def test_overwriting_replaces_an_export_and_nothing_else(tmp_path):
+    """A run and a thesis stay, though --overwrite names their folder."""
     for text in ("old", "new"):
-        with whole_directory(tmp_path / "out", overwrite=True) as directory:
+        with whole_directory(tmp_path / "out", replaces="aromni.json") as directory:
+            (directory / "aromni.json").write_text(text)
             (directory / f"{text}.txt").write_text(text)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new.txt"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["aromni.json", "new.txt"]
+    (tmp_path / "out" / "checkpoints").mkdir()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("dear")
+    for folder in ("out", "thesis"):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=f"{folder} holds other things than what is written here"):
+            with whole_directory(tmp_path / folder, replaces="aromni.json"):
+                pass
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_checkpoint_of_another_model_is_refused_by_name(tmp_path, model, vocab):
