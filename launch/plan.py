@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="compile to the end, which takes minutes, not only until memory is known"
     )
     parser.add_argument(
-        "--search", action="store_true", help="try rows per chip, remat policies and tensor ways; print the best"
+        "--search",
+        action="store_true",
+        help="try rows per chip, remat policies, data and tensor ways, offloading the optimizer; print the best",
     )
     parser.add_argument(
         "--executable",
@@ -76,6 +78,10 @@ def main(args: argparse.Namespace) -> int:
     plain = config.to_dict()
     if args.search and args.executable:
         raise ValueError("--search compiles many steps and --executable writes one; give one of them")
+    if args.search and args.compile:
+        raise ValueError("--search stops compiling where memory is known, and --compile goes on; give one of them")
+    if args.json:
+        _check_can_write(pathlib.Path(args.json))
     if args.topology == LOCAL:
         return _compile_here(plain, args)
     os.environ.update(QUIET_COMPILER)
@@ -92,6 +98,17 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _check_can_write(file: pathlib.Path) -> None:
+    """ValueError before the minutes of work whose result could not be written."""
+    folder = file.parent
+    if not folder.is_dir():
+        raise ValueError(f"--json={file}: there is no directory {str(folder)!r}; make it, or give another file")
+    if file.is_dir():
+        raise ValueError(f"--json={file} is a directory; give a file in it")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise ValueError(f"--json={file} cannot be written; give a file in a directory of yours")
 
 
 def _compile_here(config_dict: dict[str, Any], args: argparse.Namespace) -> int:
@@ -170,11 +187,12 @@ def _search(config: dict[str, Any], topology: str, num_slices: int) -> dict[str,
     print("largest batch first, fastest last:" if best else "nothing fits")
     for point in best:
         print(
-            f"  {point['rows_per_chip']} rows a chip, {point['remat']}, "
-            + ", ".join(f"{axis} {size}" for axis, size in point["mesh"].items())
-            + f": {point['hbm_bytes']['peak'] / (1 << 30):.2f} GiB, {plan_search.tokens_per_second(point):,.0f} "
-            f"tokens/s at best, bound by {point['bound_by']}"
+            f"  {plan_search.describe_choice(point)}: {point['hbm_bytes']['peak'] / (1 << 30):.2f} GiB"
+            + (f" and {point['host_bytes'] / (1 << 30):.2f} of the host" if point["host_bytes"] else "")
+            + f", {plan_search.tokens_per_second(point):,.0f} tokens/s at best, bound by {point['bound_by']}"
         )
+    if any(point["host_bytes"] for point in best):
+        print("transfers to and from the host's memory are not counted")
     return {"frontier": best, "points": points}
 
 
@@ -226,8 +244,8 @@ def plan_config(
         result = estimate.plan(model, train, vocab, frozen, devices, on_compiled=write)
     if not is_written:
         raise ValueError(
-            f"nothing is written to {executable}: the step needs {result['hbm_bytes']['peak'] / (1 << 30):.1f} GiB and "
-            f"a device has {result['hbm_capacity_bytes'] / (1 << 30):.0f}; see `aromni plan` without --executable"
+            f"nothing is written to {executable}: the step needs {result['hbm_bytes']['peak'] / (1 << 30):.2f} GiB and "
+            f"a device has {result['hbm_capacity_bytes'] / (1 << 30):.2f}; see `aromni plan` without --executable"
         )
     return result
 
@@ -247,7 +265,7 @@ def describe(result: dict[str, Any]) -> str:
             f"{result['parameters']:,} parameters on {result['devices']} x {result['device_kind']} ({mesh})",
             f"batch: {rows} rows of {result['sequence_length']}"
             + (f" (the config's {asked} do not divide over these devices)" if asked != rows else ""),
-            f"memory per device: {hbm['peak'] / gib:.2f} GiB of {capacity / gib:.0f} "
+            f"memory per device: {hbm['peak'] / gib:.2f} GiB of {capacity / gib:.2f} "
             f"({hbm['arguments'] / gib:.2f} state and batch, {hbm['temporaries'] / gib:.2f} temporaries): "
             + ("fits" if result["fits"] else "does NOT fit")
             + (f"; {result['host_bytes'] / gib:.2f} GiB of the host" if result["host_bytes"] else ""),

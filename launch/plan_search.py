@@ -1,4 +1,6 @@
-"""`aromni plan --search`: rows per chip x remat policy x mesh, each compiled until memory is known; and the cache."""
+"""`aromni plan --search`: rows per chip x remat policy x mesh x place of the optimizer, each compiled until memory is
+known; and the cache of plans.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +21,14 @@ from aromni_jax.train import toolchain
 REMATS = ("dots", "attention", "full", "offload")
 """From the least computed again to the least memory."""
 TENSOR_WAYS = (1, 4)
+DATA_WAYS = (1, 4)
+"""Of each slice. One is walked: it takes the least memory. The others are tried where they may gain."""
 MAX_ROWS = 64
 """Rows a chip are doubled from 1 up to here, or until they do not fit."""
+
+_STATE_COPIES = 3
+"""A step has no more than that of the state on a chip: old and new, where the compiler cannot update in place, and
+gradients. So much may be saved at most by keeping parts of the state elsewhere or in fewer bits."""
 
 Result = dict[str, Any]
 Plan = Callable[[dict[str, Any], str, int], Result]
@@ -27,23 +36,47 @@ Plan = Callable[[dict[str, Any], str, int], Result]
 
 
 def cached(name: str, plan: Plan) -> Plan:
-    """`plan` that answers from the user's cache directory what was asked before with the same versions and source."""
-    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "aromni" / "plan"
+    """`plan` that answers from the user's cache directory what was asked before: with the same versions and source, and
+    the same flags for the compiler.
+
+    An entry that cannot be read counts as none, and where none can be written, stderr says so once.
+    """
     facts = [name, toolchain.source_hash(), toolchain.versions()]
+    has_warned = False
+
+    def entry(*question: Any) -> pathlib.Path:
+        flags = [os.environ.get(variable, "") for variable in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
+        key = json.dumps([facts, flags, *question], sort_keys=True)
+        folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "aromni" / "plan"
+        return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
     def answer(config: dict[str, Any], topology: str, num_slices: int) -> Result:
-        key = json.dumps([facts, config, topology, num_slices], sort_keys=True)
-        file = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-        if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
+        nonlocal has_warned
+        try:
+            return json.loads(entry(config, topology, num_slices).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RuntimeError):  # RuntimeError: a user without a home.
+            pass
         result = plan(config, topology, num_slices)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(result), encoding="utf-8")
-        part.replace(file)
+        try:
+            _write(entry(config, topology, num_slices), json.dumps(result))
+        except (OSError, RuntimeError) as error:
+            if not has_warned:
+                print(f"plans are not kept for the next time: {error}; XDG_CACHE_HOME moves them", file=sys.stderr)
+            has_warned = True
         return result
 
     return answer
+
+
+def _write(file: pathlib.Path, text: str) -> None:
+    """All of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def assigned_memory_plan(config: dict[str, Any], topology: str, num_slices: int) -> Result:
@@ -69,31 +102,60 @@ def assigned_memory_plan(config: dict[str, Any], topology: str, num_slices: int)
 
 def _plan_and_leave(config: dict[str, Any], topology: str, num_slices: int, folder: str) -> None:
     dump = pathlib.Path(folder) / "dump"
-    os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=NONE"
+    flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=NONE"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()  # Of two the last counts.
     from launch.plan import plan_config
 
     try:
         result = plan_config(config, topology, num_slices, dump)
     except Exception as error:
         result = {"error": (str(error).strip() or type(error).__name__).splitlines()[0][:300]}
-    part = pathlib.Path(folder) / "part.json"
-    part.write_text(json.dumps(result), encoding="utf-8")
-    part.replace(part.with_name("answer.json"))
+    _write(pathlib.Path(folder) / "answer.json", json.dumps(result))
     os._exit(0)  # The compiler's thread cannot be stopped.
 
 
-def candidates(config: dict[str, Any], model: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(remat, config of one row) for every mesh and policy; `model` are the fields of the config's model."""
-    for ways in TENSOR_WAYS:
-        if model["num_heads"] % ways or model["num_kv_heads"] % ways:
+def candidates(
+    config: dict[str, Any], model: dict[str, Any], num_slices: int, num_devices: int
+) -> Iterator[dict[str, Any]]:
+    """The config under every mesh with the least memory and every policy; `model` are the fields of its model."""
+    for ways in _distinct(*TENSOR_WAYS, config["mesh"]["tensor"]):
+        mesh = _mesh(config, num_devices, num_slices, ways)
+        if mesh is None or model["num_heads"] % ways or model["num_kv_heads"] % ways:
             continue
         for remat in REMATS:
-            changed = copy.deepcopy(config)
-            if ways > 1:
-                changed["mesh"]["tensor"] = ways
-            changed["model"] = model | {"remat": remat}
-            changed["gradient_accumulation_steps"] = 1
-            yield remat, changed
+            yield copy.deepcopy(config) | {
+                "mesh": mesh,
+                "model": model | {"remat": remat},
+                "gradient_accumulation_steps": 1,
+            }
+
+
+def _distinct(*sizes: int) -> list[int]:
+    """Without what is there already, and without -1: the rest of the devices always goes to fsdp."""
+    return [size for size in dict.fromkeys(sizes) if size > 0]
+
+
+def _mesh(config: dict[str, Any], num_devices: int, data: int, tensor: int) -> dict[str, Any] | None:
+    """The config's mesh with these axes and fsdp over the rest; None where they do not divide the devices."""
+    context = max(config["mesh"]["context"], 1)
+    fsdp, left = divmod(num_devices, data * context * tensor)
+    return None if left else config["mesh"] | dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
+
+
+def states(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The config, then with what only the optimizer reads in the host's memory, then with bfloat16 weights besides,
+    where the model computes in bfloat16 anyway: ever less memory of the chip."""
+    yield config
+    if config["optimizer"]["name"] == "adafactor":  # `OptimizerConfig.offload` goes without it.
+        return
+    if not config["optimizer"].get("offload"):
+        config = config | {"optimizer": config["optimizer"] | {"offload": True}}
+        yield config
+    if config["model"]["dtype"] == "bfloat16" and config["model"]["param_dtype"] == "float32":
+        yield config | {
+            "optimizer": config["optimizer"] | {"master_weights": True},
+            "model": config["model"] | {"param_dtype": "bfloat16"},
+        }
 
 
 def search(
@@ -105,27 +167,95 @@ def search(
     plan: Plan,
     progress: Callable[[str], None],
 ) -> list[Result]:
-    """Every point of the walk, with `rows_per_chip` added. What does not compile is reported and left out."""
+    """Every point of the walk: a plan, and with it `rows_per_chip`, `optimizer_offload` and `param_dtype`.
+
+    Rows are doubled until they do not fit; then `states` are tried with the rows that were too many. What does not
+    compile is reported and left out.
+
+    Raises:
+      ValueError: no mesh has the config's `context` on these devices.
+    """
+    asked: list[dict[str, Any]] = []
     points: list[Result] = []
-    for remat, candidate in candidates(config, model):
-        rows = 1
-        while rows <= MAX_ROWS:
-            asked = copy.deepcopy(candidate) | {"global_batch_size": rows * num_devices}
-            what = f"{rows} rows a chip, {remat}, tensor {asked['mesh']['tensor']}"
-            started = time.monotonic()
-            try:
-                result = plan(asked, topology, num_slices)
-            except ValueError as error:
-                progress(f"{what}: left out ({error})")
-                break
-            points.append(result | {"rows_per_chip": rows})
-            gib = result["hbm_bytes"]["peak"] / (1 << 30)
-            fits = "fits" if result["fits"] else "does not fit"
-            progress(f"{what}: {gib:.2f} GiB, {fits} ({time.monotonic() - started:.0f} s)")
-            if not result["fits"]:
-                break
-            rows *= 2
+
+    def attempt(candidate: dict[str, Any], rows: int) -> Result | None:
+        choice = _choice(candidate, rows)
+        started = time.monotonic()
+        try:
+            result = plan(candidate | {"global_batch_size": rows * num_devices}, topology, num_slices)
+        except ValueError as error:
+            progress(f"{describe_choice(choice)}: left out ({error})")
+            return None
+        asked.append(candidate)
+        points.append(result | choice)
+        gib = result["hbm_bytes"]["peak"] / (1 << 30)
+        fits = "fits" if result["fits"] else "does not fit"
+        progress(f"{describe_choice(choice)}: {gib:.2f} GiB, {fits} ({time.monotonic() - started:.0f} s)")
+        return points[-1]
+
+    walks = list(candidates(config, model, num_slices, num_devices))
+    if not walks:
+        raise ValueError(
+            f"mesh.context = {config['mesh']['context']} does not divide the devices of each slice, {num_devices} over "
+            f"{num_slices}; set it to a number that does"
+        )
+    for walk in walks:
+        rows, rest = 1, states(walk)
+        candidate = next(rest, None)
+        while candidate and rows <= MAX_ROWS:
+            point = attempt(candidate, rows)
+            if point and point["fits"]:
+                rows *= 2
+            else:
+                candidate = next(rest, None) if point and _may_fit_otherwise(point) else None
+    for candidate, point in list(zip(asked, points, strict=True)):
+        if not _may_gain(point, points):
+            continue
+        tensor = point["mesh"]["tensor"]
+        for data in _distinct(*(num_slices * ways for ways in DATA_WAYS), config["mesh"]["data"]):
+            mesh = None if data % num_slices else _mesh(config, num_devices, data, tensor)
+            if mesh and data != point["mesh"]["data"]:
+                attempt(candidate | {"mesh": mesh}, point["rows_per_chip"])
     return points
+
+
+def _choice(config: dict[str, Any], rows: int) -> Result:
+    return {
+        "rows_per_chip": rows,
+        "remat": config["model"]["remat"],
+        "mesh": {axis: config["mesh"][axis] for axis in ("data", "fsdp", "context", "tensor")},
+        "optimizer_offload": config["optimizer"].get("offload", False),
+        "param_dtype": config["model"]["param_dtype"],
+    }
+
+
+def describe_choice(point: Result) -> str:
+    """What is varied, in half a line."""
+    return (
+        f"{point['rows_per_chip']} rows a chip, {point['remat']}, "
+        + ", ".join(f"{axis} {size}" for axis, size in point["mesh"].items())
+        + (", optimizer.offload" if point["optimizer_offload"] else "")
+        + (", bfloat16 weights" if point["param_dtype"] == "bfloat16" else "")
+    )
+
+
+def _may_fit_otherwise(point: Result) -> bool:
+    """Whether a point that does not fit might with another place or type of its state."""
+    least = point["hbm_bytes"]["peak"] - _STATE_COPIES * point["hbm_bytes"]["arguments"]
+    return least <= point["hbm_capacity_bytes"]
+
+
+def _may_gain(point: Result, points: list[Result]) -> bool:
+    """Whether the point might be better with another number of data ways, which changes what the links carry.
+
+    A point of the frontier might do with less of it, and one that the links bound might come to be of the frontier.
+    """
+    if not point["fits"]:
+        return False
+    best = frontier(points)
+    seconds = max(value for bound, value in point["roofline_seconds"].items() if bound != "interconnect")
+    rates = [tokens_per_second(other) for other in best if other["rows_per_chip"] >= point["rows_per_chip"]]
+    return point in best or point["global_batch_size"] * point["sequence_length"] / seconds > max(rates)
 
 
 def tokens_per_second(point: Result) -> float:
@@ -134,10 +264,19 @@ def tokens_per_second(point: Result) -> float:
 
 
 def frontier(points: list[Result]) -> list[Result]:
-    """Points that fit and that no other beats in both rows a chip and tokens/s; the largest batch first."""
-    fitting = sorted((p for p in points if p["fits"]), key=lambda p: (-p["rows_per_chip"], -tokens_per_second(p)))
+    """Points that fit and that no other beats in both rows a chip and tokens/s; the largest batch first.
+
+    Of two that are as good in both, it is the one with the smaller product of memory and what the links carry, which by
+    the roofline costs nothing as long as something else takes longer, but by a clock may: half as much on the links is
+    worth some memory, a hundredth less is not.
+    """
+
+    def order(point: Result) -> tuple[float, float, float]:
+        price = point["hbm_bytes"]["peak"] * point["roofline_seconds"]["interconnect"]
+        return -point["rows_per_chip"], -tokens_per_second(point), price
+
     kept: list[Result] = []
-    for point in fitting:
+    for point in sorted((point for point in points if point["fits"]), key=order):
         if not kept or tokens_per_second(point) > tokens_per_second(kept[-1]):
             kept.append(point)
     return kept

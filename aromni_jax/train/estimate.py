@@ -32,20 +32,25 @@ from aromni_jax.vocab import JointVocab
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One jax device, from the vendor's pages: memory, its bandwidth, and that of the links inside a slice."""
+    """One jax device: memory a program may have, its bandwidth, and that of the links inside a slice.
+
+    The memory is what the compiler allows, less than the vendor's pages say, because some is reserved. It is read from
+    libtpu 0.0.52's refusals, which give the total and the excess. The program itself, which only `--compile` knows,
+    takes 1 MiB of it or a few. The rates are from the vendor's pages.
+    """
 
     hbm_bytes: int
     hbm_bytes_per_second: float
     link_bytes_per_second: float
 
 
-_GIB = 1 << 30
+_MIB = 1 << 20
 CHIPS: dict[str, Chip] = {
-    "TPU v4": Chip(32 * _GIB, 1.228e12, 300e9),
-    "TPU v5 lite": Chip(16 * _GIB, 0.819e12, 200e9),
-    "TPU v5": Chip(95 * _GIB, 2.765e12, 600e9),
-    "TPU v6 lite": Chip(32 * _GIB, 1.640e12, 448e9),
-    "TPU7x": Chip(96 * _GIB, 3.690e12, 600e9),
+    "TPU v4": Chip(31_485 * _MIB, 1.228e12, 300e9),
+    "TPU v5 lite": Chip(16_126 * _MIB, 0.819e12, 200e9),
+    "TPU v5": Chip(98_025 * _MIB, 2.765e12, 600e9),
+    "TPU v6 lite": Chip(31_992 * _MIB, 1.640e12, 448e9),
+    "TPU7x": Chip(97_012 * _MIB, 3.690e12, 600e9),
 }
 """By the beginning of `device_kind`; the longest matching name counts."""
 
@@ -54,12 +59,14 @@ BETWEEN_SLICES_BYTES_PER_SECOND = 3.125e9
 
 
 def describe_topology(name: str, num_slices: int = 1) -> Sequence[jax.Device]:
-    """Devices of a pod that is not here, such as "v5e:16x16".
+    """Devices of a pod that is not here, such as "v5e:16x16". A v4 chip is one device, as it is in a pod.
 
     Raises:
       ValueError: libtpu is missing, or knows no such shape.
     """
     options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+    if name.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # Else libtpu describes two cores a chip, of which no mesh is made.
     try:
         return topologies.get_topology_desc(name, platform="tpu", **options).devices
     except Exception as error:
@@ -115,10 +122,11 @@ def plan(
         else:
             hbm = _assigned_memory(lowered, inputs, dump)
     except jax.errors.JaxRuntimeError as error:
-        # The compiler refuses what does not fit, and says how much it would have needed.
-        if not (found := _TOO_MUCH.search(str(error))):
+        # The compiler refuses what does not fit, and says how much it would have needed, to two decimals; its report,
+        # which is written before that, has every byte.
+        if (said := _refused_bytes(str(error))) is None:
             raise
-        was_refused, hbm = True, _hbm(inputs, _argument_bytes(inputs) + float(found[1]) * _GIB)
+        was_refused, hbm = True, _hbm(inputs, (_reported_bytes(dump) if dump else None) or said)
     compile_seconds = time.monotonic() - started
     if on_compiled and compiled:
         on_compiled(compiled, train, mesh)
@@ -173,11 +181,20 @@ def _argument_bytes(inputs: Any, on_host: bool = False) -> int:
 
 
 def _hbm(inputs: Any, total: float) -> dict[str, int]:
+    """`total` includes the arguments, in the compiler's reports and in its refusals alike."""
     arguments = _argument_bytes(inputs)
-    return {"arguments": arguments, "temporaries": round(total) - arguments, "peak": round(total)}
+    return {"arguments": arguments, "temporaries": max(round(total) - arguments, 0), "peak": round(total)}
 
 
-_TOO_MUCH = re.compile(r"HLO temporaries \(([\d.]+)G\)")
+def _refused_bytes(refusal: str) -> float | None:
+    """What a refused program would have needed; None where it was refused for something else."""
+    if not (found := _TOO_MUCH.search(refusal)):
+        return None
+    return float(found["total"]) * {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}[found["unit"]]
+
+
+_TOO_MUCH = re.compile(r"(HLO temporaries \(|memory space hbm\. Used )(?P<total>[\d.]+)(?P<unit>[MGT])")
+"""Refused when memory is assigned; or at the end, where all fits but the program itself."""
 _TOTAL_BYTES = re.compile(r"Memory Space: default.*\nTotal bytes: (\d+)")
 
 
@@ -195,13 +212,20 @@ def _assigned_memory(lowered: Any, inputs: Any, dump: pathlib.Path) -> dict[str,
     thread = threading.Thread(target=compile_it, daemon=True)
     thread.start()
     while thread.is_alive():
-        for report in dump.glob("*jit_traced*memory-usage-report.txt"):
-            if found := _TOTAL_BYTES.search(report.read_text(encoding="utf-8", errors="replace")):
-                return _hbm(inputs, int(found[1]))
+        if total := _reported_bytes(dump):
+            return _hbm(inputs, total)
         thread.join(0.5)
     if failed:
         raise failed[0]
     return _compiled_memory(compiled[0])
+
+
+def _reported_bytes(dump: pathlib.Path) -> int | None:
+    """The total of the memory report in `dump`; None while there is none."""
+    for report in dump.glob("*jit_traced*memory-usage-report.txt"):
+        if found := _TOTAL_BYTES.search(report.read_text(encoding="utf-8", errors="replace")):
+            return int(found[1])
+    return None
 
 
 def _passes(model: ModelConfig) -> int:

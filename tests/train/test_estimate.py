@@ -40,57 +40,18 @@ def test_unknown_devices_are_refused():
         estimate.plan(resolve_model("debug", 256, 0), train, None, {}, jax.devices())
 
 
-def fake_plan(calls):
-    """Memory and time that grow with rows; policies that keep more need more and are faster."""
-
-    def plan(config, topology, num_slices):
-        calls.append(config)
-        place, ways = plan_search.REMATS.index(config["model"]["remat"]), config["mesh"]["tensor"]
-        if ways > 1:
-            raise ValueError("this mesh does not suit")
-        peak = config["global_batch_size"] * (len(plan_search.REMATS) - place)
-        return {
-            "fits": peak <= 8 * 12,
-            "hbm_bytes": {"peak": peak},
-            "global_batch_size": config["global_batch_size"],
-            "sequence_length": 1,
-            "step_seconds_roofline": config["global_batch_size"] * (1.0 + place),
-        }
-
-    return plan
-
-
-def test_search_doubles_rows_until_they_do_not_fit_and_keeps_what_nothing_beats():
-    calls, lines = [], []
-    base = {"mesh": {"tensor": 1}, "gradient_accumulation_steps": 2, "model": "debug", "global_batch_size": 3}
-    model = {"num_heads": 4, "num_kv_heads": 4}
-    points = plan_search.search(base, model, "v5e:2x4", 1, 8, fake_plan(calls), lines.append)
-    assert sum("left out" in line for line in lines) == len(plan_search.REMATS)
-    assert {call["global_batch_size"] % 8 for call in calls} == {0}
-    assert {call["gradient_accumulation_steps"] for call in calls} == {1} and base["model"] == "debug"
-    best = plan_search.frontier(points)
-    # One row needs 32 of 96 at most, two rows 64; four rows fit from the second policy on, eight in the last alone.
-    assert [(point["rows_per_chip"], point["step_seconds_roofline"]) for point in best] == [
-        (8, 64 * 4.0),
-        (4, 32 * 2.0),
-        (2, 16 * 1.0),
-    ]
-
-
-def test_a_plan_asked_again_is_not_made_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    calls = []
-
-    def plan(config, topology, num_slices):
-        calls.append(topology)
-        return {"devices": 8}
-
-    for topology in ("v5e:2x4", "v5e:2x4", "v5e:4x4"):
-        assert plan_search.cached("compiled", plan)({"seed": 0}, topology, 1) == {"devices": 8}
-    assert calls == ["v5e:2x4", "v5e:4x4"]
-    plan_search.cached("compiled", plan)({"seed": 1}, "v5e:2x4", 1)
-    plan_search.cached("assigned", plan)({"seed": 0}, "v5e:2x4", 1)
-    assert len(calls) == 4
+@pytest.mark.parametrize(
+    "refusal, gib",
+    [
+        ("the total memory required for HLO temporaries (15.77G) exceeds available HBM (15.75G)", 15.77),
+        ("the total memory required for HLO temporaries (1.50T) exceeds available HBM (15.75G)", 1536),
+        ("Ran out of memory in memory space hbm. Used 15.75G of 15.75G hbm. Exceeded hbm capacity by 2.0K.", 15.75),
+        ("Ran out of memory in memory space vmem. Used 18.00M of 16.00M vmem.", None),
+    ],
+)
+def test_what_a_refused_step_needs_is_in_the_message(refusal, gib):
+    """The third is of a step that fits, but not together with its program; the last is no matter of HBM."""
+    assert estimate._refused_bytes(refusal) == (None if gib is None else gib * (1 << 30))
 
 
 def run_plan(cache, *words):
@@ -110,6 +71,67 @@ def test_wrong_topology_is_answered_in_one_line(tmp_path):
     done = run_plan(tmp_path, "--topology=v5e:3x5")
     assert done.returncode == 1
     assert "no TPU topology 'v5e:3x5'" in done.stderr.splitlines()[-1]
+
+
+CAPACITIES = """
+import os
+from launch.plan import QUIET_COMPILER
+os.environ.update(QUIET_COMPILER)
+import jax
+from jax.sharding import SingleDeviceSharding
+from aromni_jax import partitioning
+from aromni_jax.config import MeshConfig
+from aromni_jax.train.estimate import CHIPS, describe_topology
+
+for topology, kind in {
+    "v4:2x2x2": "TPU v4",
+    "v5e:2x4": "TPU v5 lite",
+    "v5p:2x2x2": "TPU v5",
+    "v6e:2x4": "TPU v6 lite",
+    "tpu7x:2x2x1": "TPU7x",
+}.items():
+    devices = describe_topology(topology)
+    assert devices[0].device_kind == kind and partitioning.make_mesh(MeshConfig(1, -1, 1, 1), devices).size == 8
+    for more_mib in (-4, 1):
+        rows = (CHIPS[kind].hbm_bytes // (1 << 20) + more_mib) * 512  # An argument and as much of a result, of 1 KiB.
+        x = jax.ShapeDtypeStruct((rows, 256), "float32", sharding=SingleDeviceSharding(devices[0]))
+        try:
+            jax.jit(lambda x: x + 1).lower(x).compile()
+            assert more_mib < 0, f"{kind} has more"
+        except jax.errors.JaxRuntimeError as error:
+            assert more_mib > 0 and "emory" in str(error), f"{kind} has less: {error}"
+"""
+
+
+@needs_tpu_compiler
+def test_memory_of_a_chip_is_what_the_compiler_gives():
+    """To 4 MiB, of which a program takes 1 or 2. On v4 also: a chip is one device, or no mesh is made."""
+    done = subprocess.run([sys.executable, "-c", CAPACITIES], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@needs_tpu_compiler
+@pytest.mark.slow
+def test_a_step_that_is_refused_needs_as_much_as_its_memory_report_says(tmp_path):
+    words = ("--config=configs/pretrain.py:1b", "--topology=v5e:2x2", f"--json={tmp_path}/plan.json")
+    needs = []
+    for end in ((), ("--compile",)):
+        done = run_plan(tmp_path, *words, "--config.global_batch_size=256", "--config.sequence_length=2048", *end)
+        assert done.returncode == 0 and "of 15.75 (" in done.stdout and "does NOT fit" in done.stdout, done.stderr[
+            -2000:
+        ]
+        needs.append(json.loads((tmp_path / "plan.json").read_text())["hbm_bytes"])
+    assert needs[1]["peak"] == pytest.approx(needs[0]["peak"], rel=1e-3)
+    # Counted twice, the state and batch would be seen.
+    assert needs[0]["arguments"] == needs[1]["arguments"] > 0.1 * needs[0]["peak"]
+
+
+@needs_tpu_compiler
+def test_a_users_flags_reach_the_compiler(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_flag=1")
+    plain = load_config(argparse.Namespace(config="configs/pretrain.py:debug", config_overrides=[])).to_dict()
+    with pytest.raises(ValueError, match="the compiler ended with status"):
+        plan_search.assigned_memory_plan(plain, "v5e:2x4", 1)
 
 
 @needs_tpu_compiler
