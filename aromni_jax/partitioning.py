@@ -45,20 +45,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Raises:
       ValueError: more than one -1, a size below 1, sizes whose product is not the number of devices, slices that do not
-        divide the data axis or that the devices do not have.
+        divide the data axis or are not those that the devices have.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_sizes(config, len(devices))
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    # To jax every node of GPUs is a slice, and one plain mesh goes over all of them.
+    if found != config.num_slices and (config.num_slices != 1 or devices[0].platform == "tpu"):
+        # As much inside a slice as asked for.
+        data = -1 if config.data == -1 else config.data // math.gcd(config.data, config.num_slices) * found
+        raise ValueError(
+            f"mesh.num_slices = {config.num_slices}, but the devices form {found} slice(s); "
+            f"set mesh.num_slices={found} and mesh.data={data}"
+        )
+    if shape[0] % config.num_slices:
+        raise ValueError(
+            f"mesh.data = {shape[0]} is not a multiple of mesh.num_slices = {config.num_slices}; "
+            f"set mesh.data={math.lcm(shape[0], config.num_slices)}, for example"
+        )
     # A mesh axis may be half of a physical one: tensor = 4 on a cube of 8 x 8 x 8 chips, which JAX otherwise refuses.
     if config.num_slices == 1:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(array, MESH_AXES, axis_types=axis_types)
-    if shape[0] % config.num_slices:
-        raise ValueError(f"mesh.data = {shape[0]} is not a multiple of mesh.num_slices = {config.num_slices}")
-    found = len({getattr(device, "slice_index", 0) for device in devices})
-    if found != config.num_slices:
-        raise ValueError(f"mesh.num_slices = {config.num_slices}, but the devices form {found} slice(s)")
     inside = (shape[0] // config.num_slices, *shape[1:])
     array = mesh_utils.create_hybrid_device_mesh(
         inside, (config.num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
@@ -143,7 +152,8 @@ def shardings(boxed_tree: PyTree, mesh: Mesh, may_stay_whole: Container[str] = (
             if dim % ways and name not in may_stay_whole:
                 raise ValueError(
                     f"{jax.tree_util.keystr(path)}: dimension {name!r} of size {dim} cannot be split {ways} ways "
-                    f"over mesh axis {axes!r}; choose a mesh whose {axes!r} size divides {dim}"
+                    f"over mesh axis {axes!r}; choose a mesh whose {axes!r} size divides {dim}, for example "
+                    f"mesh.{axes}={math.gcd(dim, ways)} and mesh.data=-1"
                 )
         return NamedSharding(mesh, fitting(leaf.value.shape, leaf.names, mesh))
 
@@ -224,7 +234,7 @@ def local_rows(mesh: Mesh, global_batch_size: int) -> np.ndarray:
     if global_batch_size % ways:
         raise ValueError(
             f"global_batch_size = {global_batch_size} rows do not divide over data x fsdp = {ways}; "
-            f"use a multiple of {ways}"
+            f"use a multiple of {ways}, for example --config.global_batch_size={-(-global_batch_size // ways) * ways}"
         )
     index_map = NamedSharding(mesh, spec(("batch",))).addressable_devices_indices_map((global_batch_size,))
     rows = np.arange(global_batch_size)

@@ -6,7 +6,8 @@
 Variants: a size (debug, 100m, 1b, 7b, 34b), then `key=value` pairs separated by commas: `mesh` (a named layout below)
 and `weighting` (uniform, response, balanced). The recipe is METHOD section 5: 480 rows (512 on a pod, whose chips they
 must divide over), linear decay, clip 1.0. Rows are packed, so that they hold several times the sequences of the
-authors' padded batches.
+authors' padded batches. `debug` has 8 rows and layers 64 wide; on devices that do not divide them, the error names the
+keys to set.
 """
 
 from __future__ import annotations

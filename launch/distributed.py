@@ -11,8 +11,10 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
-from aromni_jax.train.watchdog import EXIT_TRY_AGAIN, EXIT_UNEXPECTED
+from aromni_jax.train.watchdog import EXIT_TRY_AGAIN, EXIT_UNEXPECTED, TryAgain
+from launch.flags import is_bad_input
 
 log = logging.getLogger(__name__)
 
@@ -33,35 +35,103 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cluster_environment() -> str | None:
-    """Which launcher set this process up as one of several, by its environment; None for a process on its own."""
+    """Which launcher set this process up as one of several; None for a process on its own.
+
+    Slurm, Open MPI and GKE say so in the environment. A host of a TPU VM learns it from Google's metadata server, which
+    only machines with TPU chips ask.
+
+    Raises:
+      ValueError: a machine with TPU chips got no answer.
+    """
     counts = {"Slurm": "SLURM_NTASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
     for name, variable in counts.items():
         if int(os.environ.get(variable) or 1) > 1:
             # An interactive allocation has SLURM_NTASKS, but only srun makes tasks.
             if name != "Slurm" or "SLURM_STEP_ID" in os.environ:
                 return name
-    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
-        return "TPU"
-    return None
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES"))
+    if "," in (hosts or "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
+        return "GKE"
+    return "a TPU VM" if hosts is None and _is_one_of_several_tpu_hosts() else None
+
+
+def _is_one_of_several_tpu_hosts() -> bool:
+    import jax
+
+    # Importing jax sets the variable where it sees no chips, and the key, unless it is set, where it will use them.
+    config: Any = jax.config
+    platforms: str | None = config.jax_platforms
+    if "TPU_SKIP_MDS_QUERY" in os.environ or platforms is None or (platforms and "tpu" not in platforms):
+        return False
+    slices = re.search(r"MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata("tpu-env"))
+    return "," in _metadata("worker-network-endpoints") or (slices is not None and int(slices[1]) > 1)
+
+
+def _metadata(key: str) -> str:
+    """What Google's metadata server says of this machine; "" where it knows nothing of that name."""
+    import urllib.error
+    import urllib.request
+
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(
+        f"http://{server}/computeMetadata/v1/instance/attributes/{key}", headers={"Metadata-Flavor": "Google"}
+    )
+    # A proxy would answer for itself.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for _ in range(6):
+        try:
+            with opener.open(request, timeout=10) as answer:
+                return str(answer.read().decode())
+        except OSError as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code == 404:
+                return ""
+            cause = error
+            time.sleep(0.5)
+    raise ValueError(
+        f"this machine has TPU chips, but the metadata server {server} does not say what hosts belong to it ({cause}); "
+        "set TPU_SKIP_MDS_QUERY=1 if it is alone, or give --coordinator_address, --num_processes and --process_id"
+    )
+
+
+def _local_device_ids() -> list[int] | None:
+    """What `jax.distributed.initialize` wants: [] is all devices of the node, None leaves the choice to jax.
+
+    jax takes every task of Slurm and Open MPI for one of several on its node, and gives it a single GPU. That is right
+    but for the only one there.
+    """
+    if "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return None
+    variables = (
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "SLURM_TASKS_PER_NODE",
+        "SLURM_NTASKS_PER_NODE",
+    )
+    tasks = next((os.environ[name] for name in variables if os.environ.get(name)), "")
+    # Slurm writes 1, 1 and 3 tasks on three nodes as "1(x2),3".
+    return [] if set(re.sub(r"\(x\d+\)", "", tasks).split(",")) == {"1"} else None
 
 
 def connect(args: argparse.Namespace) -> None:
     """Calls `jax.distributed.initialize` where this is one of several processes; call it before jax touches a device.
 
     Raises:
-      ValueError: only some of the three flags, or a process number outside the run.
+      ValueError: only some of the three flags, a process number outside the run, or as `cluster_environment`.
     """
     import jax
 
     if args.heartbeat_timeout_seconds < 1:
         raise ValueError(f"--heartbeat_timeout_seconds={args.heartbeat_timeout_seconds} must be at least 1")
-    timeout = {"heartbeat_timeout_seconds": args.heartbeat_timeout_seconds}
+    options: dict[str, Any] = {
+        "heartbeat_timeout_seconds": args.heartbeat_timeout_seconds,
+        "local_device_ids": _local_device_ids(),
+    }
     given = [args.coordinator_address, args.num_processes, args.process_id]
     if all(value is None for value in given):
         found = cluster_environment()
         if found:
             log.info("joining the processes started by %s", found)
-            jax.distributed.initialize(**timeout)
+            jax.distributed.initialize(**options)
         return
     if any(value is None for value in given):
         raise ValueError("--coordinator_address, --num_processes and --process_id go together: give all three or none")
@@ -70,7 +140,7 @@ def connect(args: argparse.Namespace) -> None:
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if args.num_processes > 1:
-        jax.distributed.initialize(args.coordinator_address, args.num_processes, args.process_id, **timeout)
+        jax.distributed.initialize(args.coordinator_address, args.num_processes, args.process_id, **options)
 
 
 _CONNECTION = re.compile(
@@ -103,8 +173,8 @@ def leaving_at_once() -> Iterator[None]:
                 "start all of them again with the same command",
                 file=sys.stderr,
             )
-        elif isinstance(error, ValueError):
-            status = 1
+        elif is_bad_input(error) or isinstance(error, TryAgain):
+            status = 1 if is_bad_input(error) else EXIT_TRY_AGAIN
             print(f"aromni: error: {place}: {cause}", file=sys.stderr)
         else:
             traceback.print_exc()

@@ -17,7 +17,7 @@ import platform
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from launch import distributed
@@ -62,7 +62,8 @@ def examine(workdir: str | None) -> dict[str, Any]:
     """What all processes measured; the same on each of them."""
     import jax
 
-    device = jax.local_devices()[0]
+    with _warnings_of_jax() as heard:
+        device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit")
     is_small = device.platform == "cpu"
     own = {
@@ -72,6 +73,7 @@ def examine(workdir: str | None) -> dict[str, Any]:
         "versions": {name: _version(name) for name in ("aromni-jax", "jax", "jaxlib", "libtpu", "orbax-checkpoint")},
         "devices": jax.local_device_count(),
         "device_kind": device.device_kind,
+        "unused_device": "; ".join(heard)[:500] if is_small and heard else None,
         "device_memory_bytes": memory,
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "matmul_flops": _matmul_flops(device, 1024 if is_small else 8192),
@@ -117,6 +119,11 @@ def problems(result: dict[str, Any], expected_devices: int | None = None) -> lis
     rate = statistics.median(process["matmul_flops"] for process in processes)
     all_wrote = not any(process["workdir"] for process in processes)
     for process in processes:
+        if process["unused_device"]:
+            found.append(
+                f"{name(process)} computes with its CPU: {process['unused_device']} Install jax for that device "
+                "(pip install '.[tpu]' or '.[gpu]') and its driver, or set JAX_PLATFORMS=cpu if that is meant"
+            )
         if process["device_kind"] != "cpu" and process["matmul_flops"] < SLOW_FRACTION * rate:
             share = process["matmul_flops"] / rate
             found.append(f"{name(process)} multiplies at {share:.0%} of the median rate; replace that machine")
@@ -154,6 +161,26 @@ def describe(result: dict[str, Any]) -> str:
     lines += ["", f"all-reduce: {rate / 1e9:.3g} GB/s per device" if rate else "all-reduce: only one device"]
     lines.append(f"clocks: within {1000 * result['clock_skew_seconds']:.0f} ms")
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _warnings_of_jax() -> Iterator[list[str]]:
+    """What jax says while it looks for devices: why one that may be there will not be used."""
+    heard: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    logger, listener = logging.getLogger("jax"), Listener()
+    level = logger.level
+    logger.addHandler(listener)
+    logger.setLevel(logging.WARNING)
+    try:
+        yield heard
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(listener)
 
 
 def _version(distribution: str) -> str | None:

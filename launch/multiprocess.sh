@@ -31,7 +31,8 @@ for ((id = 0; id < num_processes; id++)); do
   command=("$python" -m launch.cli "$@"
     --coordinator_address="127.0.0.1:$port" --num_processes="$num_processes" --process_id="$id")
   if $dry_run; then
-    echo "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$JAX_NUM_CPU_DEVICES ${command[*]}"
+    printf '%q ' JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$JAX_NUM_CPU_DEVICES" "${command[@]}"
+    echo
   else
     "${command[@]}" &
     pids+=($!)

@@ -39,11 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--executable", metavar="FILE", help="the compiled step that `aromni plan --executable=FILE` made, for this run"
     )
+    parser.add_argument(
+        "--exit_status_if_stopped",
+        type=int,
+        default=0,
+        metavar="N",
+        help="exit status of a run that SIGTERM or SIGINT stopped before its end (default: 0; launchers restart 75)",
+    )
     distributed.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Trains until `total_steps`, or until SIGTERM or SIGINT, which save and end with exit status 0."""
+    """Trains until `total_steps`, or until SIGTERM or SIGINT, which save; exit status 0, or the one asked for then."""
     started = time.monotonic()
     config_dict = load_config(args)
     start_logging()
@@ -64,8 +71,8 @@ def main(args: argparse.Namespace) -> int:
             if not (first.isdigit() and last.isdigit()):
                 raise ValueError(f"--profile_steps={args.profile_steps}: give FIRST:LAST, for example 10:15")
             hooks.append(ProfilerWindow(pathlib.Path(args.workdir), int(first), int(last)))
-        run_training(config, args.workdir, hooks, started=started, executable=args.executable)
-    return 0
+        result = run_training(config, args.workdir, hooks, started=started, executable=args.executable)
+    return args.exit_status_if_stopped if result.is_interrupted else 0
 
 
 def start_logging() -> None:
@@ -73,6 +80,8 @@ def start_logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for name in ("absl", "jax", "orbax"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Says when there is an accelerator that jax has no support for, and the processors will compute instead.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,10 @@ def test_a_healthy_machine_has_numbers_and_no_problems(healthy):
         ({"devices": 4}, "process 1 (other) has devices 4, process 0 has 8"),
         ({"device_kind": "TPU v5e", "matmul_flops": 1.0}, "process 1 (other) multiplies at 0% of the median rate"),
         ({"workdir": "workdir /x cannot be written"}, "process 1 (other): workdir /x cannot be written"),
+        (
+            {"unused_device": "A Google TPU may be present."},
+            "process 1 (other) computes with its CPU: A Google TPU may",
+        ),
         ({"workdir_seen": 1}, "process 1 (other) sees files of 1 of 2 processes"),
     ],
 )
@@ -71,6 +75,21 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert "cannot be written" in json.loads(written.read_text())["problems"][0]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("aromni doctor: error: process 0") and "cannot be written" in line
+
+
+@pytest.mark.parametrize(("platforms", "status"), [("", 1), ("cpu", 0)])
+def test_a_device_that_jax_leaves_alone_is_a_problem_unless_the_cpu_is_asked_for(platforms, status):
+    program = (
+        "import sys; from jax._src import hardware_utils; hardware_utils.has_visible_nvidia_gpu = lambda: True;"
+        "from launch import cli; sys.exit(cli.run('doctor', []))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": platforms}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stderr
+    assert "8 x cpu in 1 process(es)" in done.stdout
+    lines = [line for line in done.stderr.splitlines() if "NVIDIA GPU" in line]
+    assert len(lines) == status
+    assert all("computes with its CPU" in line and "JAX_PLATFORMS=cpu" in line for line in lines)
 
 
 @pytest.mark.slow
