@@ -90,10 +90,11 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
         log.warning("%s: finishing this step, then saving", signal.Signals(number).name)
 
-    def agreed(self, step: int) -> bool:
-        """Whether to stop after `step`; every process must ask after every step."""
+    def agreed(self, number: int) -> bool:
+        """Whether to stop after the step of this `number`, counted from 1 since the start, because jax compares it with
+        the highest it has heard; every process must ask after every step."""
         if jax.process_count() > 1:
-            return bool(multihost_utils.reached_preemption_sync_point(step))
+            return bool(multihost_utils.reached_preemption_sync_point(number))
         return self._requested.is_set()
 
 
@@ -225,7 +226,7 @@ class TrainLoop:
                     drawn = self._draw() if step < total else None
                     done.is_last = not drawn
                     self._record(keep=1)
-                    is_stopping = stop.agreed(step)
+                    is_stopping = stop.agreed(step - first_step)
                     self._after_step(state, done, is_stopping)
                 self._watchdog.enter("save")
                 self._checkpointer.wait()

@@ -250,6 +250,15 @@ def test_a_save_that_fails_ends_the_run(tmp_path):
         train(tmp_path, hooks=[Broken()])
 
 
+def test_processes_that_agree_to_stop_count_from_this_start(tmp_path, monkeypatch):
+    """jax lets all stop at one more than the highest number it has heard: before the first step of a resume, at 1."""
+    asked = []
+    monkeypatch.setattr("aromni_jax.train.loop.StopRequest.agreed", lambda self, number: asked.append(number))
+    train(tmp_path, config_of(total_steps=4))
+    train(tmp_path, config_of(total_steps=7))
+    assert asked == [1, 2, 3, 4, 1, 2, 3]
+
+
 def test_a_second_interrupt_does_not_wait(tmp_path):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
