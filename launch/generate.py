@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from launch.flags import BAD_INPUT, add_config_argument, load_config
+from launch.generate_output import RESULT_FILE, answered, check_folder, earlier_files, stem_of, unanswered
 from launch.generate_requests import TASKS, Refused, Request, read_requests
 from launch.model_flags import add_mesh_argument, add_weights_argument, parse_mesh
 
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from aromni_jax.inference.grammar import Grammar
     from aromni_jax.inference.policy import DecodingConfig, Mode
     from aromni_jax.structs import Example, Message, Part, Task
-    from launch.generate_dialogue import Turn
+    from aromni_jax.tokenizers.speech import SpeechTokenizer
+    from aromni_jax.vocab import JointVocab
+    from launch.generate_dialogue import DialogueSizes, Turn
     from launch.loading import LoadedModel
 
     Answer = tuple[int, tuple[Part, ...], dict[str, Any]]
@@ -41,9 +45,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "turns of one dialogue, in the order of the file",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where PNG, WAV, text and result.json go")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="remove the answers of an earlier command from --output first"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is sampled (default: 0)")
-    parser.add_argument("--max_text_tokens", type=int, default=256, metavar="N", help="longest text (default: 256)")
-    parser.add_argument("--max_seconds", type=float, default=10.0, metavar="S", help="longest speech (default: 10)")
+    parser.add_argument(
+        "--max_text_tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="longest text of an answer, and longest transcript; the config's text_budget where that is less "
+        "(default: 256)",
+    )
+    parser.add_argument(
+        "--max_seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="longest speech of an answer; the config's speech_budget_frames where those are less (default: 10)",
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="of pictures and chat (default: the config's)")
     parser.add_argument("--top_p", type=float, metavar="P", help="of pictures and chat (default: the config's)")
     parser.add_argument("--guidance", type=float, metavar="S", help="of pictures, 1 for none (default: the config's)")
@@ -54,7 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="by the pictures of a prompt, beside --guidance by its words (default: the config's, or --guidance)",
     )
     parser.add_argument(
-        "--budget", type=int, metavar="N", help="tokens that a dialogue remembers (default: the model's positions)"
+        "--budget",
+        type=int,
+        metavar="N",
+        help="tokens that a dialogue of --input remembers (default: the model's positions)",
     )
     add_config_argument(parser, "configs/decode.py")
     parser.add_argument(
@@ -78,47 +101,57 @@ def main(args: argparse.Namespace) -> int:
       ValueError: a bad command line or model, or not one request that can be answered, before anything is written; or
         requests without an answer, after all others have theirs.
     """
+    check_numbers(args)
+    check_folder(args.output)
+    decoding = read_decoding(args)
     if args.describe:
         from launch.generate_describe import describe_machine
 
-        return describe_machine(args, read_decoding(args))
+        return describe_machine(args, limit_segments(decoding, args, None))
     requests = read_requests(args)
+    replaced = earlier_files(args.output, overwrite=args.overwrite)
     from launch.loading import load_model
 
     clock = time.perf_counter()
     loaded = load_model(args.model, template=args.template, mesh=parse_mesh(args.mesh), weights=args.weights)
     seconds = {"load": time.perf_counter() - clock, "generate": 0.0}
-    decoding = read_decoding(args)
+    decoding = limit_segments(decoding, args, loaded.bundle.speech)
     asked = ask(loaded, requests, args, decoding)
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    lines = [_unanswered(r, asked.errors.get(i, "interrupted before it was answered")) for i, r in enumerate(requests)]
+    for file in replaced:
+        file.unlink(missing_ok=True)
+    lines = [unanswered(r, asked.errors.get(i, "interrupted before it was answered")) for i, r in enumerate(requests)]
     try:
         clock = time.perf_counter()
-        for index, parts, told in _answers(loaded, asked, args, [_stem(i, r) for i, r in enumerate(requests)]):
+        for index, parts, told in _answers(loaded, asked, args, [stem_of(i, r) for i, r in enumerate(requests)]):
             seconds["generate"] += time.perf_counter() - clock
             is_written = args.stream or index in asked.turns
-            lines[index] = _answered(parts, requests[index], output, index, loaded, sound_is_written=is_written) | told
+            lines[index] = answered(parts, requests[index], output, index, loaded, sound_is_written=is_written) | told
             clock = time.perf_counter()
     finally:
         # What was answered is told also when the rest is not wanted any more.
         settings = {
             name: getattr(args, name)
             for name in (
-                *("model", "mesh", "weights", "seed", "max_text_tokens", "max_seconds"),
+                *("model", "mesh", "weights", "seed"),
                 *("temperature", "top_p", "guidance", "image_guidance", "budget"),
             )
         }
+        # As they held, where flag and config differ.
+        settings["max_text_tokens"] = decoding.text_budget
+        codec = loaded.bundle.speech
+        settings["max_seconds"] = decoding.speech_budget_frames / codec.codes_per_second if codec else None
         settings["decoding"] = dataclasses.asdict(decoding)
         result = {"settings": settings, "step": loaded.step, "seconds": seconds, "answers": lines}
-        (output / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (output / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for line in lines:
         if "error" not in line:
             print(f"{line['task']}: {'; '.join(line['text'] + line['files'])}")
     errors = [line["error"] for line in lines if "error" in line]
     if errors:
         raise ValueError(
-            f"{len(errors)} of {len(lines)} requests were not answered; {output / 'result.json'} says why of each, the "
+            f"{len(errors)} of {len(lines)} requests were not answered; {output / RESULT_FILE} says why of each, the "
             f"first: {errors[0]}"
         )
     return 0
@@ -129,24 +162,44 @@ class Asked:
     """Requests ready for the model: the automaton of their tasks, their prompts, and most tokens of each task.
 
     `prompts`, `turns` and `errors` are keyed by a request's place among all of them: it is in one of them. Turns of
-    dialogues wait for what is said before them.
+    dialogues wait for what is said before them; `sizes` are those of dialogues, where there are any.
     """
 
     grammar: Grammar
     prompts: dict[int, Example]
     turns: dict[int, Turn]
     limits: dict[Task, int]
+    sizes: DialogueSizes | None
     errors: dict[int, str]
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    """ValueError with the first flag that holds an impossible number, whatever the model and the config."""
+    allowed = {
+        "seed": (-(2**63) <= args.seed < 2**63, "a whole number of 64 bits"),
+        "max_text_tokens": (args.max_text_tokens >= 1, "a whole number of at least 1"),
+        "max_seconds": (0 < args.max_seconds < math.inf, "a finite number above 0"),
+    }
+    for name, (is_allowed, words) in allowed.items():
+        if not is_allowed:
+            raise ValueError(f"--{name}={getattr(args, name)} is not allowed; give {words}")
+
+
 def read_decoding(args: argparse.Namespace) -> DecodingConfig:
-    """How tokens are chosen: the config, then the flags that bear on pictures and open-ended text."""
+    """How tokens are chosen: the config, then the flags that bear on pictures and open-ended text.
+
+    Raises:
+      ValueError: a flag or a key of the config that is no way to choose tokens, by its name.
+    """
     from aromni_jax.config import from_mapping
     from aromni_jax.inference.policy import DecodingConfig
 
     def adjusted(mode: Mode, *names: str) -> Mode:
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        return dataclasses.replace(mode, **given)
+        try:
+            return dataclasses.replace(mode, **given)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
 
     config = from_mapping(DecodingConfig, load_config(args))
     image = config.image
@@ -157,6 +210,28 @@ def read_decoding(args: argparse.Namespace) -> DecodingConfig:
         config,
         image=adjusted(image, "temperature", "top_p", "guidance", "image_guidance"),
         text=adjusted(config.text, "temperature", "top_p"),
+    )
+
+
+def limit_segments(decoding: DecodingConfig, args: argparse.Namespace, codec: SpeechTokenizer | None) -> DecodingConfig:
+    """The config with no more text than `--max_text_tokens` and no more speech than `--max_seconds`, told in frames
+    only where the codec that makes them is known.
+
+    Raises:
+      ValueError: a frame of the codec is longer than `--max_seconds`.
+    """
+    frames = decoding.speech_budget_frames
+    if codec is not None:
+        # A whole number of frames may come out of floats as a little less.
+        longest = math.floor(args.max_seconds * codec.codes_per_second + 1e-6)
+        if not longest:
+            raise ValueError(
+                f"--max_seconds={args.max_seconds} is less than a frame of this model's speech; give at least "
+                f"{1 / codec.codes_per_second:g}"
+            )
+        frames = min(frames, longest)
+    return dataclasses.replace(
+        decoding, text_budget=min(decoding.text_budget, args.max_text_tokens), speech_budget_frames=frames
     )
 
 
@@ -173,12 +248,9 @@ def ask(
     from aromni_jax.inference.policy import policy_for
     from aromni_jax.structs import Task
     from aromni_jax.tokenizers import joint
-    from launch.generate_dialogue import Turn
+    from launch.generate_dialogue import Turn, dialogue_sizes
 
     vocab, bundle = loaded.model.vocab, loaded.bundle
-    speech_tokens = 0
-    if bundle.speech:
-        speech_tokens = round(args.max_seconds * bundle.speech.codes_per_second) * len(vocab.speech)
     prompts: dict[int, Example] = {}
     turns: dict[int, Turn] = {}
     errors: dict[int, str] = {}
@@ -190,7 +262,7 @@ def ask(
             check_codes(vocab, request.task, policy_for(task, decoding))
             question = _question(request, loaded)
             if request.conversation is not None:
-                turns[index] = Turn(request.conversation, question.parts, _stem(index, request))
+                turns[index] = Turn(request.conversation, question.parts, stem_of(index, request))
                 continue
             key = request.task if len(requests) == 1 else f"{index} ({request.task})"
             prompts[index] = joint.prompt([question], task, vocab, bundle.text, loaded.templates, key=key)
@@ -199,7 +271,8 @@ def ask(
     _check_any(prompts | turns, errors)
     tasks = sorted({prompt.task for prompt in prompts.values()} | ({Task.CHAT} if turns else set()))
     grammar = compile_grammar(vocab, {task: policy_for(task, decoding) for task in tasks})
-    limits = {task: _limit(task, args.max_text_tokens, speech_tokens, vocab.tokens_per_image) for task in tasks}
+    limits = {task: _limit(task, decoding, vocab) for task in tasks}
+    sizes = dialogue_sizes(loaded, limits[Task.CHAT], args.budget) if turns else None
     for index, prompt in list(prompts.items()):
         try:
             check_request(loaded.model, grammar, prompt, limits[prompt.task])
@@ -207,7 +280,7 @@ def ask(
             errors[index] = str(error)
             del prompts[index]
     _check_any(prompts | turns, errors)
-    return Asked(grammar, prompts, turns, limits, errors)
+    return Asked(grammar, prompts, turns, limits, sizes, errors)
 
 
 def _check_any(askable: dict[int, Any], errors: dict[int, str]) -> None:
@@ -231,7 +304,7 @@ def _answers(loaded: LoadedModel, asked: Asked, args: argparse.Namespace, stems:
     if asked.turns:
         from launch.generate_dialogue import answer_dialogues
 
-        yield from answer_dialogues(loaded, asked, output, budget=args.budget, seed=args.seed, is_shown=args.stream)
+        yield from answer_dialogues(loaded, asked, output, seed=args.seed, is_shown=args.stream)
 
 
 def answer(loaded: LoadedModel, asked: Asked, seed: int) -> Iterator[Answer]:
@@ -259,18 +332,15 @@ def answer(loaded: LoadedModel, asked: Asked, seed: int) -> Iterator[Answer]:
         yield index, joint.parts_of(ids.tolist(), loaded.model.vocab, loaded.bundle.text), {}
 
 
-def _stem(index: int, request: Request | Refused) -> str:
-    """What the files of an answer are called, without their ending."""
-    return f"{index:04d}_{request.task.replace('-', '_')}"
-
-
-def _limit(task: Task, text_tokens: int, speech_tokens: int, image_tokens: int) -> int:
+def _limit(task: Task, decoding: DecodingConfig, vocab: JointVocab) -> int:
     """Most tokens of an answer: what its parts may take, and their delimiters."""
     from aromni_jax.inference.policy import MEDIA_DELIMITERS
     from aromni_jax.structs import Task
 
+    text_tokens, image_tokens = decoding.text_budget, vocab.tokens_per_image
+    speech_tokens = decoding.speech_budget_frames * len(vocab.speech)
     if task == Task.TEXT_TO_SPEECH:
-        return speech_tokens + MEDIA_DELIMITERS  # no more, or it would be longer than asked
+        return speech_tokens + MEDIA_DELIMITERS
     parts = {
         Task.TEXT_TO_IMAGE: image_tokens,
         Task.SPEECH_TO_IMAGE: image_tokens + text_tokens,
@@ -296,62 +366,6 @@ def _question(request: Request, loaded: LoadedModel) -> Message:
     if request.text is not None:
         parts.append(Text(request.text))
     return Message("user", tuple(parts))
-
-
-def _unanswered(request: Request | Refused, error: str) -> dict[str, Any]:
-    """The line of `result.json` of a request without an answer."""
-    asked = request.request if isinstance(request, Refused) else dataclasses.asdict(request)
-    return {"task": request.task, "request": asked, "text": [], "files": [], "error": error}
-
-
-def _answered(
-    parts: tuple[Part, ...],
-    request: Request | Refused,
-    output: pathlib.Path,
-    index: int,
-    loaded: LoadedModel,
-    *,
-    sound_is_written: bool,
-) -> dict[str, Any]:
-    """Writes one answer's files and returns its line of `result.json`, also where a part of it cannot be written."""
-    assert isinstance(request, Request)
-    line = {"task": request.task, "request": dataclasses.asdict(request), "text": [], "files": []}
-    try:
-        line["text"], line["files"] = _write(parts, output, _stem(index, request), loaded, sound_is_written)
-    except ValueError as error:
-        line["text"] = [part.text for part in parts if hasattr(part, "text")]
-        line["error"] = str(error)
-    return line
-
-
-def _write(
-    parts: tuple[Part, ...], output: pathlib.Path, stem: str, loaded: LoadedModel, sound_is_written: bool
-) -> tuple[list[str], list[str]]:
-    """Writes one answer's files; returns its texts and the names of its pictures and sounds."""
-    import soundfile
-    from PIL import Image as PilImage
-
-    from aromni_jax.structs import Image, Speech, Text
-
-    files: list[str] = []
-    texts = [part.text for part in parts if isinstance(part, Text)]
-    for part in parts:
-        path = output / f"{stem}.png"
-        if isinstance(part, Image):
-            assert loaded.bundle.image is not None and part.codes_P is not None
-            PilImage.fromarray(loaded.bundle.image.decode(part.codes_P[None])[0]).save(path)
-        elif isinstance(part, Speech):
-            assert loaded.bundle.speech is not None and part.codes_KU is not None
-            path = path.with_suffix(".wav")
-            if not sound_is_written:
-                waveform = loaded.bundle.speech.decode([part.codes_KU])[0]
-                soundfile.write(path, waveform, loaded.bundle.speech.sample_rate_hz, subtype="PCM_16")
-        else:
-            continue
-        files.append(path.name)
-    if texts:
-        (output / f"{stem}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    return texts, files
 
 
 if __name__ == "__main__":

@@ -73,10 +73,13 @@ def read_requests(args: argparse.Namespace) -> list[Request | Refused]:
     Raises:
       ValueError: a bad command line, or a file in which no line can be answered.
     """
+    no_dialogue = f"--budget={args.budget} is for dialogues, and here is none: leave it out, or give "
     if not args.input:
+        if args.budget is not None:
+            raise ValueError(f'{no_dialogue}--input=FILE.jsonl with a "conversation" in its lines')
         if not args.task:
             raise ValueError(f"give a task ({', '.join(TASKS)}) or --input=FILE.jsonl")
-        request = Request(args.task, args.text, args.image, args.speech)
+        request = Request(_known(args.task), args.text, args.image, args.speech)
         request.check("command line")
         return [request]
     if args.text or args.image or args.speech:
@@ -88,7 +91,16 @@ def read_requests(args: argparse.Namespace) -> list[Request | Refused]:
     refused = [request for request in requests if isinstance(request, Refused)]
     if len(refused) == len(requests):
         raise ValueError(refused[0].error if refused else f"{path} holds no requests")
+    # What a refused line is a part of, nobody knows.
+    if args.budget is not None and not any(isinstance(r, Refused) or r.conversation is not None for r in requests):
+        raise ValueError(f'{no_dialogue}lines of {path} a "conversation"')
     return requests
+
+
+def _known(task: str) -> str:
+    """A task as it is called here, where it is named as in a manifest (`text_to_image`)."""
+    hyphened = task.replace("_", "-")
+    return hyphened if hyphened in TASKS else task
 
 
 def _read_line(line: bytes, where: str, folder: pathlib.Path, task: str | None) -> Request | Refused:
@@ -102,7 +114,7 @@ def _read_line(line: bytes, where: str, folder: pathlib.Path, task: str | None) 
             raise ValueError(f"{wrong[0]} must be a string, not {fields[wrong[0]]!r}")
     except ValueError as error:
         return Refused(fields, f"{where} is not a request with {', '.join(_FIELDS)}: {error}")
-    fields = {"task": task or ""} | fields
+    fields["task"] = _known(fields.get("task") or task or "")
     # Media are named relative to the file that names them.
     media = {name: str(folder / fields[name]) for name in ("image", "speech") if fields.get(name) is not None}
     request = Request(**(fields | media))

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
+from aromni_jax.config import Allowed, Fraction, NotNegative, Positive
 from aromni_jax.structs import Task
 
 Part = Literal["text", "transcript", "speech", "image", "end"]
+# The tables of the grammar count in 32 bits, codes of all codebooks together.
+Budget = Annotated[int, Allowed(lambda n: 1 <= n <= 10**6, "a whole number from 1 to 1000000")]
+TopK = Annotated[int, Allowed(lambda n: 0 <= n < 2**31, "a whole number from 0 (all) to 2**31 - 1")]
+TopP = Annotated[float, Allowed(lambda p: 0 < p <= 1, "a number above 0 and at most 1 (all)")]
+
+
+def _check_numbers(settings: object) -> None:
+    """ValueError with the first field that holds a number which its `Allowed` does not allow, as `name=value`."""
+    for name, hint in typing.get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}={value} is not allowed; give a finite number")
+        for kind in (hint, *typing.get_args(hint)):
+            for allowed in getattr(kind, "__metadata__", ()):
+                if value is not None and not allowed.test(value):
+                    raise ValueError(f"{name}={value} is not allowed; give {allowed.words}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,24 +43,17 @@ class Mode:
     shown, and how much what was said about it (arXiv 2211.09800, section 3.2). None is the same as `guidance`.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: NotNegative = 0.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: Fraction = 0.0
+    repetition_penalty: Positive = 1.0
     repetition_scope: Literal["answer", "segment"] = "answer"
-    guidance: float = 1.0
-    image_guidance: float | None = None
+    guidance: NotNegative = 1.0
+    image_guidance: NotNegative | None = None
 
     def __post_init__(self) -> None:
-        numbers = (self.temperature, self.repetition_penalty, self.guidance, self.picture_guidance)
-        is_possible = all(map(math.isfinite, numbers)) and self.temperature >= 0 and self.top_k >= 0
-        is_possible = is_possible and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1
-        if not is_possible or self.repetition_penalty <= 0 or min(self.guidance, self.picture_guidance) < 0:
-            raise ValueError(
-                f"{self} is not a way to choose tokens: temperature, top_k and both guidances must not be "
-                "negative, top_p must lie in (0, 1], min_p in [0, 1], repetition_penalty above 0, all must be finite"
-            )
+        _check_numbers(self)
         if self.repetition_scope not in ("answer", "segment"):
             raise ValueError(f"repetition_scope must be 'answer' or 'segment', not {self.repetition_scope!r}")
 
@@ -69,8 +80,11 @@ class DecodingConfig:
     transcript: Mode = GREEDY
     speech: Mode = GREEDY
     image: Mode = Mode(temperature=1.0, top_p=0.96, guidance=3.07)
-    text_budget: int = 512
-    speech_budget_frames: int = 1500
+    text_budget: Budget = 512
+    speech_budget_frames: Budget = 1500
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +101,11 @@ class Policy:
     transcript: Mode = GREEDY
     speech: Mode = GREEDY
     image: Mode = GREEDY
-    text_budget: int = 512
-    speech_budget_frames: int = 1500
+    text_budget: Budget = 512
+    speech_budget_frames: Budget = 1500
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         reachable, frontier = set(), list(self.start)
         while frontier:
             part = frontier.pop()
@@ -102,8 +117,6 @@ class Policy:
             frontier.extend(self.after[part])
         if not self.start or not any("end" in self.after[part] for part in reachable):
             raise ValueError(f"no answer of this policy ever ends: start {self.start}, after {dict(self.after)}")
-        if self.text_budget < 1 or self.speech_budget_frames < 1:
-            raise ValueError("text_budget and speech_budget_frames must be at least 1")
 
     @property
     def parts(self) -> set[Part]:

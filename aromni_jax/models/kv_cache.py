@@ -15,7 +15,7 @@ from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.rope import Rotation, rotate, rotation
 
 MOVED_TOGETHER = (64, 8, 1)
-"""Slots that `without` moves at a time: most in the first width, what is left in the others."""
+"""Slots that `without` moves at a time: most in the first width that the cache has, what is left in the others."""
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +97,7 @@ class KVCache:
             return jax.lax.dynamic_update_slice(x_nBSKH, rotate(x, turn) if turn else x, (0, row, slot, 0, 0))
 
         keys, values, slot = self.keys, self.values, jnp.asarray(start)
-        for width in MOVED_TOGETHER:
+        for width in (width for width in MOVED_TOGETHER if width <= self.max_length):
             num_moves = jnp.maximum(self.lengths_B[row] - count - slot, 0) // width
 
             def body(number: jax.Array, kv: tuple[jax.Array, jax.Array], slot=slot, width=width):

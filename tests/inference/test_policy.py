@@ -131,5 +131,22 @@ def test_shipped_configs_are_the_defaults_and_the_released_settings():
     assert shipped("", "--config.image.top_k=9").image.top_k == 9
     with pytest.raises(ValueError, match="unknown variant 'paper'"):
         shipped("paper")
-    with pytest.raises(ValueError, match="min_p"):
-        shipped("", "--config.text.min_p=2.0")
+
+
+@pytest.mark.parametrize(
+    "key, value, allowed",
+    [
+        ("text.temperature", "-1.0", "a number of at least 0"),
+        ("image.top_k", "-1", "a whole number from 0"),
+        ("speech.top_p", "0.0", "a number above 0 and at most 1"),
+        ("text.min_p", "2.0", "a number from 0 to 1"),
+        ("recognition.repetition_penalty", "0.0", "a number above 0"),
+        ("transcript.guidance", "-2.0", "a number of at least 0"),
+        ("image.image_guidance", "-0.5", "a number of at least 0"),
+        ("text_budget", "0", "a whole number from 1 to 1000000"),
+        ("speech_budget_frames", "99999999999", "a whole number from 1 to 1000000"),
+    ],
+)
+def test_an_impossible_number_is_named_by_its_key(key, value, allowed):
+    with pytest.raises(ValueError, match=f"config key '{key}': .* is not allowed; give {allowed}"):
+        shipped("", f"--config.{key}={value}")

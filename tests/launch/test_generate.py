@@ -70,6 +70,56 @@ def test_bad_lines_are_named(tmp_path, text, message):
         generate.read_requests(arguments(f"--input={path}", "--text=x"))
 
 
+def test_tasks_may_be_called_as_manifests_call_them(tmp_path):
+    (request,) = generate.read_requests(arguments("text_to_image", "--text=a red star"))
+    assert request == generate.Request("text-to-image", text="a red star")
+    (tmp_path / "in.jsonl").write_text('{"task": "text_to_speech", "text": "six"}\n{"task": null, "text": "seven"}\n')
+    requests = generate.read_requests(arguments("text_to_image", f"--input={tmp_path}/in.jsonl"))
+    assert [request.task for request in requests] == ["text-to-speech", "text-to-image"]
+    with pytest.raises(ValueError, match="unknown task 'text_to_imag'; did you mean 'text-to-image'"):
+        generate.read_requests(arguments("text_to_imag", "--text=x"))
+
+
+def test_a_budget_without_a_dialogue_is_refused(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"task": "chat", "text": "hello"}\n')
+    for argv in (("chat", "--text=hello"), (f"--input={tmp_path}/in.jsonl",)):
+        with pytest.raises(ValueError, match='--budget=100 is for dialogues.* "conversation"'):
+            generate.read_requests(arguments(*argv, "--budget=100"))
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--max_text_tokens=0", "--max_text_tokens=-3", "--seed=99999999999999999999"),
+        *("--max_seconds=0.0", "--max_seconds=-1.0", "--max_seconds=inf", "--max_seconds=nan"),
+        *("--temperature=-1.0", "--temperature=nan", "--top_p=0.0", "--top_p=1.5"),
+        *("--guidance=-1.0", "--image_guidance=inf"),
+    ],
+)
+def test_an_impossible_number_is_named_by_its_flag_before_a_model_is_loaded(flag):
+    args = arguments("text-to-image", "--text=x", flag)
+    args.config_overrides = []
+    with pytest.raises(ValueError, match=f"^{flag} is not allowed; give a .*number"):
+        generate.main(args)
+
+
+def test_a_folder_that_cannot_take_answers_is_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "result.json").write_text("[1]")
+    for output, message, more in (
+        ("file", "file is no folder", ()),
+        ("file/below/it", "file is no folder", ("--describe",)),
+        ("other", "other holds the answers of an earlier command .*; give another folder, or --overwrite", ()),
+        ("other", "result.json is not of `aromni generate`", ("--overwrite",)),
+    ):
+        args = arguments("text-to-image", "--text=x", *more)
+        args.config_overrides, args.output = [], str(tmp_path / output)
+        with pytest.raises(ValueError, match=message):
+            generate.main(args)
+    assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "other" / "result.json").read_text() == "[1]"
+
+
 def test_conversion_of_speech_is_told(tmp_path, capsys):
     """What is done to a sound before the model hears it is printed; a sound that fits is nobody's news."""
 

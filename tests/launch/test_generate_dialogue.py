@@ -81,7 +81,7 @@ def test_turns_of_a_dialogue_share_a_cache_whatever_stands_between_them(tmp_path
     other = [{"conversation": "2", "text": "question 0"}]
     mixed = run(tmp_path, [one[0], {"text": "alone"}, *other, *one[1:]], "--budget=100")
     assert "chat: " in capsys.readouterr().out
-    alone = run(tmp_path, one, "--budget=100", "--stream")
+    alone = run(tmp_path, one, "--budget=100", "--stream", "--overwrite")
     assert "0011_chat: " in capsys.readouterr().out
     assert "turn" not in mixed[1] and mixed[2]["turn"]["conversation"] == "2"
     together = [mixed[0], *mixed[3:]]
@@ -89,7 +89,7 @@ def test_turns_of_a_dialogue_share_a_cache_whatever_stands_between_them(tmp_path
         assert line["turn"] == wanted["turn"] and line["text"] == wanted["text"]
         turn = line["turn"]
         assert turn["number"] == number and turn["budget_tokens"] == 100
-        assert turn["answer_tokens"] == 2 * 8 + 10 * 2 + VOCAB.tokens_per_image + 8  # text, frames, picture, delimiters
+        assert turn["answer_tokens"] == 2 * 4 + 3 * 2 + VOCAB.tokens_per_image + 8  # text, frames, picture, delimiters
         assert turn["occupancy_tokens"] <= 100 and turn["tokens_made"] == line["latency"]["tokens"]
         assert 0 < line["latency"]["first_token_seconds"] <= line["latency"]["seconds"]
     assert sum(line["turn"]["evicted_turns"] for line in alone) > 3
@@ -107,6 +107,21 @@ def test_a_turn_that_does_not_fit_loses_no_other(tmp_path, loaded):
     assert "error" in answers[1] and "turn" not in answers[1]
     with pytest.raises(ValueError, match="line 1: only a chat is a turn of a conversation, not question"):
         run(tmp_path, [{"task": "question", "text": "who?", "conversation": "x"}])
+
+
+def test_a_small_budget_holds_a_dialogue_and_a_smaller_one_is_named(tmp_path, loaded, monkeypatch):
+    """The budget that the error asks for holds turns of one character, each forgotten for the next."""
+    rows = [{"conversation": "x", "text": "?"} for _ in range(5)]
+    for impossible in (23, 3, 0, -5):
+        with pytest.raises(ValueError, match=f"^--budget={impossible} holds no turn.*; give at least 24$"):
+            run(tmp_path, rows, f"--budget={impossible}")
+    answers = run(tmp_path, rows, "--budget=24")
+    assert all(answer["turn"]["occupancy_tokens"] <= 24 for answer in answers)
+    assert sum(answer["turn"]["evicted_turns"] for answer in answers) > 0
+    short = dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, max_positions=50))
+    monkeypatch.setattr(loading, "load_model", lambda directory, **rest: short)
+    with pytest.raises(ValueError, match="^--budget=51 is more than the 50 positions of the model"):
+        run(tmp_path, rows, "--budget=51", "--overwrite")
 
 
 def test_the_benchmark_holds_a_dialogue(loaded, monkeypatch, tmp_path, capsys):

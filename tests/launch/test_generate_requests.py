@@ -144,6 +144,51 @@ def test_bad_lines_lose_no_other_answer(export, media, capsys):
                 assert (media / name / file).is_file()
 
 
+def test_no_text_and_no_sound_is_longer_than_asked(export, media, capsys):
+    """Where something else bounds an answer, too: the result tells what held."""
+    (media / "in.jsonl").write_text("".join(json.dumps(request) + "\n" for request in GOOD[:3]))
+    for name, more, tokens, seconds in (
+        ("flags", ["--max_text_tokens=3", "--max_seconds=0.11"], 3, 0.1),
+        ("config", ["--config.text_budget=2", "--config.speech_budget_frames=2"], 2, 0.05),
+    ):
+        output = media / name
+        status, _, (caption, spoken, heard) = ask(capsys, export, output, f"--input={media}/in.jsonl", *more)
+        assert status == 0
+        # A byte is a token of this model.
+        assert 0 < len(caption["text"][0]) <= tokens and len(heard["text"][0]) <= tokens
+        waveform, rate_hz = soundfile.read(output / spoken["files"][0])
+        assert 0 < len(waveform) <= seconds * rate_hz
+        settings = json.loads((output / "result.json").read_text())["settings"]
+        assert settings["max_text_tokens"] == settings["decoding"]["text_budget"] == tokens
+        assert settings["max_seconds"] == seconds
+    assert settings["decoding"]["speech_budget_frames"] == 2
+    status, said, _ = ask(
+        capsys, export, media / "none", *("caption", f"--image={media}/good.png"), "--max_seconds=0.01"
+    )
+    assert (
+        status == 1
+        and "--max_seconds=0.01 is less than a frame of this model's speech; give at least 0.025" in said.err
+    )
+
+
+def test_answers_of_an_earlier_command_are_kept_or_replaced_whole(export, media, capsys):
+    (media / "many.jsonl").write_text("".join(json.dumps(request) + "\n" for request in (*GOOD[:4], {"task": "../in"})))
+    (media / "one.jsonl").write_text(json.dumps(GOOD[0]) + "\n")
+    output = media / "out"
+    assert ask(capsys, export, output, f"--input={media}/many.jsonl")[0] == 1
+    (output / "notes.txt").write_text("mine")
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    assert {"0001_text_to_speech.wav", "0003_text_to_image.png", "0000_caption.txt"} < before.keys()
+    status, said, _ = ask(capsys, export, output, f"--input={media}/one.jsonl")
+    assert status == 1 and f"--output={output} holds the answers of an earlier command" in said.err
+    # What cannot be answered costs nothing that is there.
+    wrong = ["caption", f"--image={media}/cut.png", "--overwrite"]
+    assert ask(capsys, export, output, *wrong)[0] == 1
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+    assert ask(capsys, export, output, f"--input={media}/one.jsonl", "--overwrite")[0] == 0
+    assert {file.name for file in output.iterdir()} == {"notes.txt", "result.json", "0000_caption.txt"}
+
+
 def test_no_model_is_loaded_where_no_line_can_be_answered(tmp_path, capsys):
     for text, message in (("", "holds no requests"), ("{\n[]", "line 1 is not a request")):
         (tmp_path / "in.jsonl").write_text(text)

@@ -41,3 +41,15 @@ def test_what_follows_moves_up_to_where_it_would_have_been_written(start, count,
     np.testing.assert_array_equal(moved.keys[:, 0], cache.keys[:, 0])
     np.testing.assert_array_equal(moved.values[:, 0], cache.values[:, 0])
     assert MOVED_TOGETHER[-1] == 1  # nothing is left over
+
+
+@pytest.mark.parametrize("num_slots", [2, 7, 8, 63])
+def test_a_cache_of_few_slots_moves_too(num_slots):
+    """Also one with fewer slots than move together."""
+    values = np.random.default_rng(num_slots).normal(size=KVCache.create(CONFIG, 1, num_slots).values.shape)
+    cache = KVCache(
+        jax.numpy.zeros_like(values), jax.numpy.asarray(values), jax.numpy.array([num_slots], jax.numpy.int32)
+    )
+    moved = jax.jit(lambda c: c.without(0, np.int32(0), np.int32(1), THETA))(cache)
+    np.testing.assert_array_equal(moved.lengths_B, [num_slots - 1])
+    np.testing.assert_array_equal(moved.values[:, 0, :-1], cache.values[:, 0, 1:])
