@@ -99,11 +99,14 @@ class ConversationEncoder:
         return {"augmentation": files} if files else {}
 
     def documents(
-        self, conversations: Sequence[Conversation], report: Callable[[float], None]
+        self, conversations: Sequence[Conversation], report: Callable[[float, int], None]
     ) -> Iterator[EncodedRecord]:
-        """What each conversation becomes, in order; `report` is told the share of media that is encoded."""
+        """What each conversation becomes, in order.
+
+        `report` is told the share of media that is encoded, and how many conversations lack some that do not decode.
+        """
         versions = [self._versions(conversation) for conversation in conversations]
-        media = self._encode_media([version for group in versions for version in group], report)
+        media = self._encode_media(versions, report)
         for conversation, group in zip(conversations, versions, strict=True):
             try:
                 yield self._record(conversation, group, media)
@@ -157,6 +160,7 @@ class ConversationEncoder:
         instruction, chosen = self._instruction(conversation)
         messages = [Message(role, tuple(media.part(part) for part in parts)) for role, parts in version.turns]
         try:
+            _check_said(messages)
             example = joint.encode(
                 messages,
                 conversation.task,
@@ -179,9 +183,10 @@ class ConversationEncoder:
         number = int(rng.integers(len(template.instructions)))
         return template.instructions[number], {"instruction": number}
 
-    def _encode_media(self, versions: Sequence[_Version], report: Callable[[float], None]) -> _Media:
+    def _encode_media(self, versions: Sequence[Sequence[_Version]], report: Callable[[float, int], None]) -> _Media:
         """Codes of every medium, each encoded once; what does not decode becomes an error."""
-        everything = list(dict.fromkeys(medium for version in versions for medium in version.media()))
+        needed = [{medium for version in group for medium in version.media()} for group in versions]
+        everything = list(dict.fromkeys(m for group in versions for version in group for m in version.media()))
         media = _Media()
         for kind in ("image", "speech"):
             wanted = [medium for medium in everything if medium.file.kind == kind]
@@ -199,7 +204,8 @@ class ConversationEncoder:
                         prepared[medium], media.heard[medium] = self._treated(prepared[medium], medium)
                 if prepared:
                     media.codes.update(zip(prepared, self._codes_of(kind, list(prepared.values())), strict=True))
-                report((len(media.codes) + len(media.failures)) / len(everything))
+                lacking = sum(not media.failures.keys().isdisjoint(group) for group in needed) if media.failures else 0
+                report((len(media.codes) + len(media.failures)) / len(everything), lacking)
         return media
 
     def _prepare(self, file: MediaFile) -> np.ndarray:
@@ -250,6 +256,15 @@ def _version(conversation: Conversation, key: str, treatment: Treatment | None) 
                 parts.append(_Medium(part))
         turns.append((message.role, tuple(parts)))
     return _Version(key, treatment, tuple(turns))
+
+
+def _check_said(messages: Sequence[Message]) -> None:
+    """ValueError where a turn says nothing: a model may fall silent, but is not taught to."""
+    for number, message in enumerate(messages, 1):
+        if not message.parts:
+            raise ValueError(f"turn {number} ({message.role}) has no parts; leave the record out or give it some")
+        if any(isinstance(part, Text) and not part.text.strip() for part in message.parts):
+            raise ValueError(f"turn {number} ({message.role}) has an empty text; leave it out or give it words")
 
 
 def _stored(example: Example, conversation: Conversation, done: dict[str, Any]) -> StoredExample:

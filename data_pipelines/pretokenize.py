@@ -96,6 +96,8 @@ class _Job:
         }
         identity = {"format_version": records.FORMAT_VERSION, "vocab": self.vocab.fingerprint, **self.description}
         self.run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"{self.directory} is a file; --output must name a directory for the data set")
         self.directory.mkdir(parents=True, exist_ok=True)
         # Pods that try one index again have the same host name and process number.
         self.suffix = f"{socket.gethostname()}-{secrets.token_hex(4)}-{os.getpid()}"
@@ -111,10 +113,10 @@ class _Job:
         allowed = int(self.config.max_bad_fraction * len(self.source))
         started, done, bad = time.monotonic(), 0, 0
 
-        def report(share_of_shard: float) -> None:
+        def report(share_of_shard: float, bad_in_shard: int) -> None:
             now = done + round(share_of_shard * len(self.unit(index)))
             seconds = time.monotonic() - started
-            progress({"done": now, "total": total, "seconds": seconds, "quarantined": bad})
+            progress({"done": now, "total": total, "seconds": seconds, "quarantined": bad + bad_in_shard})
 
         for index in mine:
             marker = read_marker(self.directory, index)
@@ -147,33 +149,41 @@ class _Job:
             except FileNotFoundError:  # its owner has just renamed it, or another worker swept it
                 pass
 
-    def _make_shard(self, index: int, allowed_bad: int, report: Callable[[float], None]) -> list[dict[str, Any]]:
+    def _make_shard(self, index: int, allowed_bad: int, report: Callable[[float, int], None]) -> list[dict[str, Any]]:
         conversations, quarantine = [], []
         for record in self.unit(index):
             try:
                 conversations.append((record, self.source[record]))
             except RecordError as error:
-                quarantine.append(self._line(record, "", error))
+                quarantine.append(self._line(record, self.source.key_of(record), error))
         examples = []
-        results = self.encoder.documents([conversation for _, conversation in conversations], report)
+        unread = len(quarantine)
+        results = self.encoder.documents(
+            [conversation for _, conversation in conversations],
+            lambda share, without_media: report(share, unread + without_media),
+        )
         for (record, conversation), result in zip(conversations, results, strict=True):
             examples += result.documents
             quarantine += [self._line(record, conversation.key, remark) for remark in result.remarks]
         quarantine.sort(key=lambda line: line["record"])
         reasons = Counter(line["stage"] for line in quarantine)
-        if _num_bad(reasons) > allowed_bad:
-            first = next(line for line in quarantine if line["stage"] not in CHOSEN_STAGES)
-            raise ValueError(
-                f"too many bad records: {_num_bad(reasons)} in {shard_name(index)}, more than max_bad_fraction "
-                f"{self.config.max_bad_fraction} of all records; the first: {first['error']}"
-            )
-        # The quarantine file goes first: the marker that `write_shard` writes last vouches for both.
+        # The quarantine file goes first: the marker that `write_shard` writes last vouches for both, and where too many
+        # records are bad, all of them are found there.
         lines = "".join(json.dumps(line) + "\n" for line in quarantine)
         quarantine_path = self.directory / f"{shard_name(index)}.{QUARANTINE_FILE}"
         if lines:
             write_atomically(quarantine_path, lines, self.suffix)
         else:
             quarantine_path.unlink(missing_ok=True)
+        num_bad = _num_bad(reasons)
+        if num_bad > allowed_bad:
+            report(1.0, num_bad)
+            first = next(line for line in quarantine if line["stage"] not in CHOSEN_STAGES)
+            raise ValueError(
+                f"too many bad records: {num_bad} in {shard_name(index)}, more than max_bad_fraction "
+                f"{self.config.max_bad_fraction} of all records; the first: {first['error']}; all are in "
+                f"{quarantine_path}. Mend them, or raise `--config.max_bad_fraction`"
+            )
         write_shard(
             self.directory,
             index,
@@ -203,7 +213,8 @@ class _Job:
         if total_bad > self.config.max_bad_fraction * len(self.source):
             raise ValueError(
                 f"{total_bad} of {len(self.source)} records are bad, more than max_bad_fraction "
-                f"{self.config.max_bad_fraction}; see the quarantine files in {self.directory}"
+                f"{self.config.max_bad_fraction}; see {self.directory}/shard_*.{QUARANTINE_FILE}. Mend them, or raise "
+                "`--config.max_bad_fraction`"
             )
         write_atomically(self.directory / QUARANTINE_FILE, "".join(lines), self.suffix)
         if not (self.directory / "tokenizers").exists():
@@ -218,7 +229,7 @@ class _Job:
             self.num_units,
             run=self.run,
             vocab=self.vocab,
-            description=self.description | {"device_kind": self._device_kind()},
+            description=self.description | {"device_kind": self._device_kind(), "unclaimed": self.source.unclaimed},
             suffix=self.suffix,
         )
 
@@ -238,11 +249,28 @@ def _opened(tokenizers: str) -> tuple[TokenizerBundle, JointVocab]:
 
     A saved layout may be another than the one its tokenizers would be given today.
     """
+    if tokenizers == "shipped" and not os.path.exists(tokenizers):
+        raise ValueError(
+            "config key 'tokenizers': what is shipped are codecs of pictures and speech, and a data set needs a text "
+            "tokenizer beside them; put them into one directory with aromni tokenizer import --kind=image "
+            "--input=shipped --tokenizer=DIR/image (speech alike) and aromni tokenizer train --kind=text "
+            "--tokenizer=DIR/text"
+        )
     saved_vocab = pathlib.Path(tokenizers) / records.VOCAB_FILE
     if saved_vocab.exists():
         return TokenizerBundle.load(tokenizers), JointVocab.from_json(saved_vocab.read_text())
     bundle = TokenizerBundle.from_parts(tokenizers)
     return bundle, bundle.vocab()
+
+
+def unclaimed_text(unclaimed: dict[str, int]) -> str:
+    """What is said of `Source.unclaimed`."""
+    count = sum(unclaimed.values())
+    return (
+        f"{count:,} record{'s' * (count > 1)} of split {', '.join(map(repr, unclaimed))} "
+        f"{'are' if count > 1 else 'is'} in no data set of split train or heldout; "
+        "correct the name, or read them with --config.split=NAME"
+    )
 
 
 def _num_bad(quarantined: dict[str, int] | Counter[str]) -> int:

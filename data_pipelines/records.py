@@ -14,14 +14,16 @@ A record holds facts only: ids, spans (start, length, modality, role, message, p
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgpack
@@ -151,6 +153,22 @@ def shard_name(index: int) -> str:
     return f"shard_{index:05d}"
 
 
+@contextlib.contextmanager
+def _record_writer(path: pathlib.Path) -> Iterator[Callable[[bytes], None]]:
+    """Writes records to a new ArrayRecord file; OSError naming it where the disk takes no more."""
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+        try:
+            yield writer.write
+        finally:
+            writer.close()
+    except RuntimeError as error:  # ArrayRecord makes one of whatever the system answered, whose words it keeps
+        code = next((code for code in errno.errorcode if os.strerror(code) in str(error)), None)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
 def write_shard(
     directory: pathlib.Path,
     index: int,
@@ -173,17 +191,14 @@ def write_shard(
     counts_TMR = np.zeros((len(Task), len(Modality), len(Role)), np.int64)
     unigram_V = np.zeros(vocab_size, np.int64)
     lengths, tasks, hashes = [], [], []
-    writer = array_record_module.ArrayRecordWriter(str(data_temporary), _WRITER_OPTIONS)
-    try:
+    with _record_writer(data_temporary) as write:
         for stored in examples:
-            writer.write(encode_record(stored))
+            write(encode_record(stored))
             lengths.append(len(stored.tokens_L))
             tasks.append(int(stored.task))
             hashes.append(content_hash(stored))
             counts_TMR[stored.task] += target_counts_MR(stored)
             np.add.at(unigram_V, stored.tokens_L[1:], 1)
-    finally:
-        writer.close()
     with index_temporary.open("wb") as file:
         np.savez(
             file,

@@ -11,7 +11,8 @@ One line of a manifest:
 
 `task` and `messages` are needed. Media are URLs or paths relative to the manifest. Without `key` the line number names
 the record. Without `split` the hash of `group` (the key where there is none) decides, never the position, so that what
-shares a picture or a speaker stays on one side. `facts` is carried through to evaluation untouched.
+shares a picture or a speaker stays on one side; a split of another name than `train` or `heldout` is read only where it
+is asked for. `facts` is carried through to evaluation untouched.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import os
 import pathlib
 import tempfile
 import types
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -138,7 +140,8 @@ class Source(abc.ABC):
 
     A corpus has items (a line, a picture, a stem of an archive). Each item teaches all of `tasks` in turn, so what was
     made of one item stands together and on one side of the split. An item whose group cannot be read belongs to every
-    split: it is reported, not lost. For use by one thread.
+    split: it is reported, not lost. `unclaimed` counts, by split, the items that are in none of this split, `train` and
+    `heldout`. For use by one thread.
 
     Args:
       path: a file, folder or pattern, as the kind says; a URL where the kind reads URLs.
@@ -174,18 +177,21 @@ class Source(abc.ABC):
         self._digest = hashlib.sha256()
         self._prepare()
         self.tasks = self._chosen(tasks)
-        found: set[str] = set()
+        others: Counter[str] = Counter()
 
         def kept() -> Iterator[Any]:
             for item, assigned in self._scan():
-                found.add(assigned or "")
                 if not split or assigned is None or assigned == split:
                     yield item
+                else:
+                    others[assigned] += 1
 
         self._items = self._stored(kept())
         if not len(self._items):
-            has = f"; it has {', '.join(sorted(found))}" if found else "; it is empty"
-            raise ValueError(f"{self.path} has no conversation of split {split!r}{has}")
+            if not others:
+                raise ValueError(f"{self.path} is empty: it has no record to read")
+            raise ValueError(f"{self.path} has no conversation of split {split!r}; it has {', '.join(sorted(others))}")
+        self.unclaimed = {name: others[name] for name in sorted(others.keys() - {TRAIN, HELDOUT})}
         if self.tasks:
             self._digest.update(repr([[task.label for task in self.tasks], sorted(self.columns.items())]).encode())
         self.fingerprint = self._digest.hexdigest()[:16]
@@ -254,8 +260,14 @@ class Source(abc.ABC):
             raise
         except KeyError as error:
             raise RecordError("parse", f"{self._place(item)}: the record lacks the field {error}") from error
+        except UnicodeDecodeError as error:
+            raise RecordError("parse", f"{self._place(item)}: not text in UTF-8, convert it: {error}") from error
         except (ValueError, TypeError, AttributeError, LookupError, *DAMAGE) as error:
             raise RecordError("parse", f"{self._place(item)}: not a conversation: {error}") from error
+
+    def key_of(self, index: int) -> str:
+        """The key of a record that is no conversation, where that can be read; "" elsewhere."""
+        return ""
 
     @property
     def first_of_items(self) -> range:
@@ -369,7 +381,7 @@ class ManifestSource(LineSource):
     def _split_of(self, line: bytes, number: int) -> str:
         fields = json.loads(line)
         if "split" in fields:
-            return str(fields["split"])
+            return _checked_split(fields["split"], f"line {number}")
         return self._side(str(fields.get("group", fields.get("key", number))))
 
     def _parsed(self, line: bytes, file: pathlib.Path, where: str, task: Task | None) -> Conversation:
@@ -378,7 +390,17 @@ class ManifestSource(LineSource):
         facts = fields.get("facts", {})
         if not messages or not isinstance(facts, dict):
             raise RecordError("parse", f"{where}: messages must be a non-empty list and facts a mapping")
+        if "split" in fields:
+            _checked_split(fields["split"], where)
         return Conversation(str(fields.get("key", where)), Task.from_name(fields["task"]), messages, facts)
+
+    def key_of(self, index: int) -> str:
+        """The field `key` of a line that is JSON."""
+        file_number, position, length, _ = (int(value) for value in self._items[index])
+        try:
+            return str(json.loads(self._reader.read(self._files[file_number], position, length)).get("key", ""))
+        except (ValueError, AttributeError, *DAMAGE):
+            return ""
 
     def _message(self, fields: dict[str, Any], where: str) -> RawMessage:
         parts: list[Text | MediaFile] = []
@@ -393,6 +415,14 @@ class ManifestSource(LineSource):
                 file = beside(self.path.parent, part[kind])
                 parts.append(MediaFile("image" if kind == "image" else "speech", file))
         return RawMessage(str(fields["role"]), tuple(parts))
+
+
+def _checked_split(split: object, where: str) -> str:
+    if not isinstance(split, str):
+        raise RecordError(
+            "parse", f"{where}: split must be a string, {TRAIN!r} or {HELDOUT!r}, not {json.dumps(split)}"
+        )
+    return split
 
 
 @functools.lru_cache(maxsize=65_536)

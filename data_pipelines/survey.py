@@ -14,7 +14,7 @@ from aromni_jax.structs import Modality, Task
 from data_pipelines.document_stream import SEGMENT_DOCUMENTS
 from data_pipelines.mixing import describe_shares
 from data_pipelines.pack_plan import make_plan
-from data_pipelines.pretokenize import QUARANTINE_FILE
+from data_pipelines.pretokenize import QUARANTINE_FILE, unclaimed_text
 from data_pipelines.records import TokenDataset, read_vocab
 from data_pipelines.weighting import weight_table
 
@@ -54,6 +54,7 @@ def survey(data_dir: pathlib.Path, *, sequence_length: int, loss: LossConfig, se
         **describe_shares(dataset.counts_TMR, table_TMR),
         "copies": dataset.dataset["statistics"]["duplicates"],
         "quarantine": _quarantine(dataset),
+        "unclaimed": dataset.dataset.get("unclaimed", {}),
     }
 
 
@@ -242,8 +243,16 @@ def survey_text(numbers: dict[str, Any]) -> str:
     lines += ["", f"documents that teach the same as an earlier one: {numbers['copies']:,}"]
     lines += ["left out or cut: " + (_counted(quarantine["by_stage"]) or "nothing")]
     for stage, examples in quarantine["examples"].items():
-        lines += [f"  {stage}: {example['where']}: {example['error']}" for example in examples]
+        lines += [f"  {stage}: {_placed(example)}" for example in examples]
+    if numbers["unclaimed"]:
+        lines.append(unclaimed_text(numbers["unclaimed"]))
     return "\n".join(lines) + "\n"
+
+
+def _placed(example: dict[str, Any]) -> str:
+    """The error of a record after its place, which errors of sources name themselves."""
+    where, error = example["where"], example["error"]
+    return error if error.startswith(where) else f"{where}: {error}"
 
 
 def _counted(by_stage: dict[str, int]) -> str:

@@ -88,13 +88,17 @@ class ProgressBar:
         self._stream, self._is_terminal = stream, stream.isatty()
         self._every = 0.2 if self._is_terminal else _LINE_EVERY_SECONDS
         self._seen: collections.deque[tuple[float, int]] = collections.deque()
-        self._drawn = -self._every
+        self._drawn, self._bad = -self._every, 0
         self._bar = ""
 
     def update(self, event: dict[str, Any]) -> None:
-        """Takes {"done", "total", "seconds", "quarantined"} and draws where it is due, always at the end, once."""
-        if self._seen and self._seen[-1][1] == event["done"] == event["total"]:
+        """Takes {"done", "total", "seconds", "quarantined"} and draws where it is due, always at the end, once.
+
+        What is found bad after that is drawn as well.
+        """
+        if self._seen and self._seen[-1][1] == event["done"] == event["total"] and self._bad == event["quarantined"]:
             return
+        self._bad = event["quarantined"]
         self._seen.append((event["seconds"], event["done"]))
         while len(self._seen) > 2 and self._seen[1][0] < event["seconds"] - _RATE_SECONDS:
             self._seen.popleft()
@@ -158,11 +162,20 @@ def main(args: argparse.Namespace) -> int:
         print(f"worker {index} of {count} is done; {args.output} is complete once the other workers are")
         return 0
     print(f"{args.output} is complete{_verified(args.output) if args.verify else ''}")
+    _print_unclaimed(pathlib.Path(args.output))
     return 0
 
 
 def _print_json(event: dict[str, Any]) -> None:
     print(json.dumps(event), flush=True)
+
+
+def _print_unclaimed(directory: pathlib.Path) -> None:
+    from data_pipelines.pretokenize import unclaimed_text
+    from data_pipelines.records import DATASET_FILE, unsealed
+
+    if unclaimed := unsealed((directory / DATASET_FILE).read_bytes())["unclaimed"]:
+        print(unclaimed_text(unclaimed))
 
 
 def _verified(output: str) -> str:

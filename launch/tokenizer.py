@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch import tokenizer_input
+from launch import tokenizer_input, tokenizer_places
 from launch.conversions import Conversions
 
 if TYPE_CHECKING:
@@ -67,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="train --kind=image|speech: precision of the saved file",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="train, import: replace a tokenizer that is already at --tokenizer, and begin anew",
+    )
     parser.add_argument("--json", metavar="FILE", help="evaluate: also write the table as JSON")
     parser.add_argument(
         "--report", metavar="FILE", help="evaluate --kind=image|speech: a page of originals beside reconstructions"
@@ -85,6 +91,7 @@ def main(args: argparse.Namespace) -> int:
         if args.action in ("train", "import"):
             raise ValueError(f"--tokenizer=shipped comes with the package; {args.action} needs a directory to write to")
         args.tokenizer = str(shipped_directory(args.kind))
+    tokenizer_places.check(args)
     run(args)
     return 0
 
@@ -99,6 +106,7 @@ def _train(args: argparse.Namespace) -> None:
         text = SentencePieceText.train(
             tokenizer_input.pieces_of_text(args), args.vocab_size, args.seed, args.max_lines, print
         )
+        tokenizer_places.clear(args)
         text.save(args.tokenizer)
         print(f"{text.size} pieces, fingerprint {text.fingerprint[:16]}, in {args.tokenizer}")
         return
@@ -112,7 +120,11 @@ def _train(args: argparse.Namespace) -> None:
     if args.kind == "image":
         size = config.net.image_size
         files = tokenizer_input.media(args)
-        pixels = np.stack([*tokenizer_input.prepared(files, lambda path, _: image.prepare_image(path, size)).values()])
+        pictures = tokenizer_input.prepared(
+            files, lambda path, _: image.prepare_image(path, size), max_bad_fraction=args.max_bad_fraction
+        )
+        pixels = np.stack([*pictures.values()])
+        tokenizer_places.clear(args)
         tokenizer = image.train_image_tokenizer(pixels, config, args.seed, workdir, meter)
     else:
         rate_hz = config.net.sample_rate_hz
@@ -121,8 +133,10 @@ def _train(args: argparse.Namespace) -> None:
             tokenizer_input.media(args),
             lambda path, report: speech.prepare_sound(path, None, rate_hz, report),
             conversions,
+            max_bad_fraction=args.max_bad_fraction,
         )
         conversions.show()
+        tokenizer_places.clear(args)
         waveforms = list(sounds.values())
         if isinstance(config, seanet_training.SeanetTraining):
             tokenizer = seanet_training.train_seanet_tokenizer(waveforms, config, args.seed, workdir, meter)
@@ -153,6 +167,9 @@ def _recipe(args: argparse.Namespace) -> Any:
 
 
 def _import(args: argparse.Namespace) -> None:
+    if args.input == "shipped":
+        _import_shipped(args)
+        return
     if args.kind != "image":
         {"text": _import_text, "speech": _import_speech}[args.kind](args)
         return
@@ -160,6 +177,7 @@ def _import(args: argparse.Namespace) -> None:
 
     opened = PublishedVQGAN(args.input, args.image_size)
     tokenizer = opened.tokenizer()
+    tokenizer_places.clear(args)
     tokenizer.save(args.tokenizer)
     size = f"{tokenizer.image_size}x{tokenizer.image_size} pixels, {tokenizer.tokens_per_image} codes a picture"
     print(f"{tokenizer.num_codes} codes, {size}, fingerprint {tokenizer.fingerprint[:16]}, in {args.tokenizer}")
@@ -169,11 +187,23 @@ def _import(args: argparse.Namespace) -> None:
         print("the files hold no decoder: pictures become codes, and codes no pictures")
 
 
+def _import_shipped(args: argparse.Namespace) -> None:
+    """The files as they are: what they say of themselves stays true, and they stay small."""
+    from aromni_jax.tokenizers.shipped import shipped_directory
+
+    source = shipped_directory(args.kind)
+    tokenizer_places.clear(args)
+    shutil.copytree(source, args.tokenizer, dirs_exist_ok=True)
+    copied = (_image_tokenizer if args.kind == "image" else _speech_tokenizer)(args)
+    print(f"{copied.num_codes} codes, fingerprint {copied.fingerprint[:16]}, in {args.tokenizer}")
+
+
 def _import_text(args: argparse.Namespace) -> None:
     """A tokenizer.json, or the directory that holds one."""
     from aromni_jax.tokenizers.huggingface_text import HuggingFaceText
 
     tokenizer = HuggingFaceText.from_published(args.input)
+    tokenizer_places.clear(args)
     tokenizer.save(args.tokenizer)
     print(f"{tokenizer.size} ids, fingerprint {tokenizer.fingerprint[:16]}, in {args.tokenizer}")
     if tokenizer.text_ids:
@@ -190,6 +220,7 @@ def _import_speech(args: argparse.Namespace) -> None:
     from aromni_jax.interop.wavtokenizer_files import load_wavtokenizer
 
     tokenizer = load_encodec(args.input) if Path(args.input).is_dir() else load_wavtokenizer(args.input)
+    tokenizer_places.clear(args)
     tokenizer.save(args.tokenizer)
     rate = f"{tokenizer.num_codebooks} codebook(s) of {tokenizer.num_codes} at {tokenizer.codes_per_second:g} codes/s"
     print(f"{rate}, {tokenizer.sample_rate_hz} Hz, fingerprint {tokenizer.fingerprint[:16]}, in {args.tokenizer}")
@@ -219,12 +250,12 @@ def _encode(args: argparse.Namespace) -> None:
         codes = np.array(load_text_tokenizer(args.tokenizer).encode(text), np.int32)
     elif args.kind == "image":
         pictures = _image_tokenizer(args)
-        codes = pictures.encode(np.stack([*_pixels(pictures, _only_one(tokenizer_input.media(args), args)).values()]))[
-            0
-        ]
+        files = _only_one(tokenizer_input.media(args), args)
+        codes = pictures.encode(np.stack([*_pixels(pictures, files, args).values()]))[0]
     else:
         sounds = _speech_tokenizer(args)
-        codes = sounds.encode([*_waveforms(sounds, _only_one(tokenizer_input.media(args), args), print).values()])[0]
+        files = _only_one(tokenizer_input.media(args), args)
+        codes = sounds.encode([*_waveforms(sounds, files, print, args).values()])[0]
     np.save(args.output, codes)
     print(f"{codes.size} codes in {args.output}")
 
@@ -235,12 +266,23 @@ def _only_one(found: list[Any], args: argparse.Namespace) -> list[Any]:
     return found
 
 
-def _pixels(tokenizer: ImageTokenizer, files: Sequence[MediaFile]) -> dict[MediaFile, np.ndarray]:
-    return tokenizer_input.prepared(files, lambda path, _: tokenizer.prepare(path))
+def _pixels(
+    tokenizer: ImageTokenizer, files: Sequence[MediaFile], args: argparse.Namespace
+) -> dict[MediaFile, np.ndarray]:
+    return tokenizer_input.prepared(
+        files, lambda path, _: tokenizer.prepare(path), max_bad_fraction=args.max_bad_fraction
+    )
 
 
-def _waveforms(tokenizer: SpeechTokenizer, files: Sequence[MediaFile], report: Report) -> dict[MediaFile, np.ndarray]:
-    return tokenizer_input.prepared(files, lambda path, told: tokenizer.prepare(path, report=told), report)
+def _waveforms(
+    tokenizer: SpeechTokenizer, files: Sequence[MediaFile], report: Report, args: argparse.Namespace
+) -> dict[MediaFile, np.ndarray]:
+    return tokenizer_input.prepared(
+        files,
+        lambda path, told: tokenizer.prepare(path, report=told),
+        report,
+        max_bad_fraction=args.max_bad_fraction,
+    )
 
 
 def _decode(args: argparse.Namespace) -> None:
@@ -248,6 +290,9 @@ def _decode(args: argparse.Namespace) -> None:
         codes = np.load(args.input, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{args.input} is not a .npy file of codes: {error}") from error
+    if not isinstance(codes, np.ndarray) or codes.dtype.kind not in "iu":
+        found = codes.dtype if isinstance(codes, np.ndarray) else "an archive of arrays"
+        raise ValueError(f"{args.input} holds {found}; codes are one array of integers, as encode writes it")
     if args.kind == "text":
         from aromni_jax.tokenizers.text import load_text_tokenizer
 
@@ -293,7 +338,7 @@ def _evaluate_image(args: argparse.Namespace) -> dict[str, Any]:
     from aromni_jax.evaluation.picture_quality import psnr_db, ssim
 
     tokenizer = _image_tokenizer(args)
-    pictures = _pixels(tokenizer, tokenizer_input.media(args))
+    pictures = _pixels(tokenizer, tokenizer_input.media(args), args)
     pixels = np.stack([*pictures.values()])
     codes, encode_seconds = _timed(tokenizer.encode, pixels)
     decoded, decode_seconds = _timed(tokenizer.decode, codes)
@@ -331,7 +376,7 @@ def _evaluate_speech(args: argparse.Namespace) -> dict[str, Any]:
 
     tokenizer = _speech_tokenizer(args)
     rate_hz, conversions = tokenizer.sample_rate_hz, Conversions()
-    sounds = _waveforms(tokenizer, tokenizer_input.media(args), conversions)
+    sounds = _waveforms(tokenizer, tokenizer_input.media(args), conversions, args)
     conversions.show()
     waveforms = list(sounds.values())
     # Lengths are compiled for in powers of two: one sound of each.

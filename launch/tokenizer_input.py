@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Prepared = TypeVar("Prepared")
 LONGEST_PIECE = 1 << 20
 """Characters of a text file that are read at once."""
-_MOST_UNREADABLE = 0.01
-"""Share of the input that may be left out because it cannot be read; beyond it something is wrong."""
+_MAX_BAD_FRACTION = 0.01
+_ERRORS_NAMED = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         metavar="PATH",
         help="a file, a folder, a manifest of conversations, or KIND:PATH as `aromni pretokenize` takes it; import: a "
-        "published .safetensors, .ckpt, directory or tokenizer.json",
+        "published .safetensors, .ckpt, directory or tokenizer.json, or `shipped`",
     )
     parser.add_argument("--split", default="", help="of a manifest or KIND:PATH, read only this split")
     parser.add_argument(
@@ -37,11 +37,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--columns", type=_columns, default={}, metavar="DICT", help="of table: and tfds:, {'text': 'caption', ...}"
     )
     parser.add_argument(
+        "--max_bad_fraction",
+        type=_fraction,
+        default=_MAX_BAD_FRACTION,
+        metavar="F",
+        help="share of the records or files that may be left out because they cannot be read (default: 0.01)",
+    )
+    parser.add_argument(
         "--max_files",
         type=int,
         metavar="N",
         help="train --kind=image|speech: learn from N files of a corpus, drawn with --seed, all of them in memory",
     )
+
+
+def _fraction(text: str) -> float:
+    """The value of `--max_bad_fraction`."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
+    return value
 
 
 def _columns(text: str) -> dict[str, str]:
@@ -93,7 +108,7 @@ def media(args: argparse.Namespace) -> list[MediaFile]:
     source = _source(args)
     if source is None:
         return [MediaFile(args.kind, path) for path in _drawn(bare_paths(args), args)]
-    conversations = _conversations(source, _drawn(source.first_of_items, args))
+    conversations = _conversations(source, _drawn(source.first_of_items, args), args.max_bad_fraction)
     files = dict.fromkeys(file for one in conversations for file in one.media() if file.kind == args.kind)
     if not files:
         raise ValueError(f"--input={args.input} holds no {args.kind}")
@@ -111,8 +126,8 @@ def _drawn(everything: Sequence[Any], args: argparse.Namespace) -> Sequence[Any]
     return [everything[i] for i in sorted(random.Random(args.seed).sample(range(len(everything)), most))]
 
 
-def _conversations(source: Source, records: Sequence[int]) -> Iterator[Conversation]:
-    """Those records of a source, one at a time; the unreadable are left out and told, too many of them an error."""
+def _conversations(source: Source, records: Sequence[int], max_bad_fraction: float) -> Iterator[Conversation]:
+    """Those records of a source, one at a time; the unreadable are left out and told, in the end too many an error."""
     from data_pipelines.sources import RecordError
 
     unreadable: list[Exception] = []
@@ -120,18 +135,25 @@ def _conversations(source: Source, records: Sequence[int]) -> Iterator[Conversat
         try:
             conversation = source[record]
         except RecordError as error:
-            _leave_out(error, unreadable, len(records))
+            unreadable.append(error)
         else:
             yield conversation
-    _tell(unreadable, len(records))
+    _tell(unreadable, len(records), max_bad_fraction)
 
 
 def prepared(
-    files: Sequence[MediaFile], prepare: Callable[[pathlib.Path, Report], Prepared], report: Report = lambda line: None
+    files: Sequence[MediaFile],
+    prepare: Callable[[pathlib.Path, Report], Prepared],
+    report: Report = lambda line: None,
+    *,
+    max_bad_fraction: float = _MAX_BAD_FRACTION,
 ) -> dict[MediaFile, Prepared]:
     """What `prepare` makes of every file, in order; `report` is told what it reports, by the names that people know.
 
-    Files that cannot be read are left out and told; more than 1 % of them are the error of the first.
+    Files that cannot be read are left out and told.
+
+    Raises:
+      ValueError: more than `max_bad_fraction` of the files cannot be read, or none can.
     """
     found: dict[MediaFile, Prepared] = {}
     unreadable: list[Exception] = []
@@ -140,8 +162,8 @@ def prepared(
             with file.on_disk() as path:
                 found[file] = prepare(path, functools.partial(_report_by_name, report, path, file))
         except (ValueError, OSError) as error:
-            _leave_out(error, unreadable, len(files))
-    _tell(unreadable, len(files))
+            unreadable.append(error)
+    _tell(unreadable, len(files), max_bad_fraction)
     return found
 
 
@@ -154,22 +176,29 @@ def name(file: MediaFile) -> str:
     return pathlib.PurePosixPath(str(file)).name
 
 
-def _leave_out(error: Exception, unreadable: list[Exception], total: int) -> None:
-    unreadable.append(error)
-    if len(unreadable) > _MOST_UNREADABLE * total:
+def _tell(unreadable: list[Exception], total: int, max_bad_fraction: float) -> None:
+    """Prints how many of `total` are left out; raises where they are too many: then something else is wrong."""
+    if not unreadable:
+        return
+    if total == 1:
         raise unreadable[0]
-
-
-def _tell(unreadable: list[Exception], total: int) -> None:
-    if unreadable:
-        print(f"{len(unreadable):,} of {total:,} could not be read and are left out; the first: {unreadable[0]}")
+    first = "; ".join(map(str, unreadable[:_ERRORS_NAMED]))
+    if len(unreadable) == total:
+        raise ValueError(f"none of {total:,} could be read; the first: {first}")
+    counted = f"{len(unreadable):,} of {total:,} could not be read"
+    if len(unreadable) > max_bad_fraction * total:
+        raise ValueError(
+            f"{counted}, more than --max_bad_fraction={max_bad_fraction:g}; the first: {first}. Mend or remove them, "
+            "or raise --max_bad_fraction"
+        )
+    print(f"{counted} and are left out; the first: {first}")
 
 
 def pieces_of_text(args: argparse.Namespace) -> Iterator[str]:
     """The text behind --input, a little at a time: a corpus need not fit into memory."""
     source = _source(args)
     if source is not None:
-        for conversation in _conversations(source, source.first_of_items):
+        for conversation in _conversations(source, source.first_of_items, args.max_bad_fraction):
             yield from conversation.texts()
         return
     for path in bare_paths(args):

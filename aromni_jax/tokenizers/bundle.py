@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from aromni_jax.tokenizers import storage
 from aromni_jax.tokenizers.image import ImageTokenizer
 from aromni_jax.tokenizers.speech import SpeechTokenizer
 from aromni_jax.tokenizers.text import TextTokenizer, load_text_tokenizer
@@ -105,3 +106,21 @@ class TokenizerBundle:
                     f"the {kind} tokenizer does not match {where}: fingerprint {self.fingerprints.get(kind)}, recorded "
                     f"{recorded.get(kind)}; its files were changed or replaced, restore them or make the data again"
                 )
+
+
+def kind_of(directory: str | Path) -> str:
+    """`text`, `image` or `speech`: what tokenizer is saved in `directory`, by its `config.json`.
+
+    Raises:
+      ValueError: the file is not that of a tokenizer.
+    """
+    path = Path(directory) / "config.json"
+    values = storage.read_json(path)
+    net = values.get("net")
+    if "kind" in values:
+        return "text"
+    if "family" in values or (isinstance(net, dict) and "sample_rate_hz" in net):
+        return "speech"
+    if isinstance(net, dict) and "image_size" in net:
+        return "image"
+    raise ValueError(f"{path} is not the config.json of a tokenizer; give the directory of one")

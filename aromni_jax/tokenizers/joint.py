@@ -19,6 +19,8 @@ from aromni_jax.tokenizers.prompts import Piece, Templates
 from aromni_jax.tokenizers.text import TextTokenizer
 from aromni_jax.vocab import SPECIALS, JointVocab
 
+_TURNS_NAMED = 6
+
 
 def _kind(part: Part) -> str:
     if isinstance(part, Text):
@@ -119,6 +121,22 @@ def _write_conversation(
         _write_turn(writer, pieces, message, index, wording)
 
 
+def _check_turns(messages: Sequence[Message], task: Task, templates: Templates) -> None:
+    """ValueError unless every question has its answer: in one pair, or in as many as a chat has.
+
+    Anything else would teach to end at once, or to answer prompts that inference never makes.
+    """
+    pair = ("user", "assistant") if templates.of(task).user else ("assistant",)
+    num_pairs = max(1, len(messages) // len(pair)) if task == Task.CHAT else 1
+    found = [message.role for message in messages]
+    if found != [*pair * num_pairs]:
+        wanted = ", then ".join(f"one {role} turn" for role in pair) + (", and so on" if task == Task.CHAT else "")
+        more = ", ..." if len(found) > _TURNS_NAMED else ""
+        raise ValueError(
+            f"a document of task {task.label!r} is {wanted}; this one has {', '.join(found[:_TURNS_NAMED])}{more}"
+        )
+
+
 def encode(
     messages: Sequence[Message],
     task: Task,
@@ -135,10 +153,12 @@ def encode(
     neighbours. Pictures and speech must carry codes.
 
     Raises:
-      ValueError: a part without codes, with codes outside its codebook, or without a place in the template.
+      ValueError: a part without codes, with codes outside its codebook, or without a place in the template; turns that
+        are not questions, each with its answer.
     """
     writer = _Writer(vocab, text_tokenizer)
     _write_conversation(messages, task, writer, templates, instruction)
+    _check_turns(messages, task, templates)
     for piece in templates.of(task).end:
         writer.control(piece.value, Role.RESPONSE, len(messages) - 1)
     return writer.example(task, key)

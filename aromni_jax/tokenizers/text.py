@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -144,6 +145,12 @@ class SentencePieceText:
                 minloglevel=2,
             )
         except RuntimeError as error:
+            if needed := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+                # SentencePiece advises a flag of its own.
+                raise ValueError(
+                    f"a text tokenizer of {vocab_size} pieces has no room for bytes and the characters of this corpus; "
+                    f"raise --vocab_size to {needed[1]} or more"
+                ) from error
             raise ValueError(f"cannot train a text tokenizer of {vocab_size} pieces: {error}") from error
         return cls(model.getvalue())
 

@@ -72,7 +72,7 @@ def test_damaged_text_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"good\n\xff\xfe bad\nlast\n")
     source = open_source(f"text:{tmp_path}")
     assert len(source) == 3 and source[2].key == "text/a.txt:3"
-    with pytest.raises(RecordError, match=r"a.txt:2: not a conversation: .*utf-8"):
+    with pytest.raises(RecordError, match=r"a.txt:2: not text in UTF-8, convert it: .*byte 0xff"):
         source[1]
     for compression in (".gz", ".zst"):
         packed = PACKERS[compression]("\n".join(DOCUMENTS).encode())

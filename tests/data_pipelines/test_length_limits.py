@@ -125,9 +125,11 @@ def test_words_of_the_template_stay_and_texts_between_them_are_not_cut() -> None
         np.testing.assert_array_equal(piece.tokens_L[-4:], example.tokens_L[-4:])
         assert (piece.modality_L == Modality.TEXT).all()
     assert "".join(map(words_of, pieces)) == "a" * 20 + "b" * 20
-    two_turns = joint.encode([message, message], Task.TEXT, VOCAB, TEXT, templates, key="k")
+    pieces_of = ["{text}", " or ", "{text}"]
+    either = {"name": "either", "tasks": {"text": {"turns": {"assistant": pieces_of}, "end": ["<eos>"]}}}
+    parted = joint.encode([message], Task.TEXT, VOCAB, TEXT, parse_templates(json.dumps(either), "either"), key="k")
     with pytest.raises(RecordError, match="not plain text"):
-        LengthLimits(0, 23, "split_text").apply(two_turns, VOCAB, TEXT)
+        LengthLimits(0, 23, "split_text").apply(parted, VOCAB, TEXT)
     with pytest.raises(ValueError, match="max_tokens': 8 leaves no room for text beside the 8 other tokens"):
         LengthLimits(0, 8, "split_text").apply(example, VOCAB, TEXT)
 

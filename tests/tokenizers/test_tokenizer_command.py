@@ -79,7 +79,7 @@ def test_published_text_files(corpus, tmp_path, capsys):
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     flags = ("--kind=text", f"--tokenizer={tmp_path / 'ours'}")
     for source in (tmp_path / "tokenizer.json", tmp_path):
-        assert tokenizer("import", *flags, f"--input={source}") == 0
+        assert tokenizer("import", *flags, f"--input={source}", "--overwrite") == 0
     told = capsys.readouterr().out
     assert f"{len(raw['model']['vocab'])} ids, fingerprint" in told
     assert "Chameleon" not in told and "every text back" not in told
@@ -88,11 +88,11 @@ def test_published_text_files(corpus, tmp_path, capsys):
     assert json.loads(table.read_text())["round_trip"] == 1.0
     raw = {**test_huggingface_text.in_released_rows(raw), "normalizer": {"type": "NFKC"}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    assert tokenizer("import", *flags, f"--input={tmp_path}") == 0
+    assert tokenizer("import", *flags, f"--input={tmp_path}", "--overwrite") == 0
     told = capsys.readouterr().out
     assert "Chameleon's layout: text has the ids 16384..65535" in told and "not 'e\u0301'" in told
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert tokenizer("import", *flags, f"--input={tmp_path}") == 1
+    assert tokenizer("import", *flags, f"--input={tmp_path}", "--overwrite") == 1
     assert "not a tokenizer.json" in capsys.readouterr().err
 
 
@@ -169,7 +169,7 @@ def test_published_speech_files(tmp_path, capsys):
     assert load_encodec(tmp_path / "again").fingerprint == ours.fingerprint
     assert tokenizer("export", *flags, f"--output={tmp_path / 'wrong.ckpt'}") == 1
     assert "only a WavTokenizer" in capsys.readouterr().err
-    assert tokenizer("import", *flags, f"--input={tmp_path / 'missing.ckpt'}") == 1
+    assert tokenizer("import", *flags, f"--input={tmp_path / 'missing.ckpt'}", "--overwrite") == 1
     assert "does not exist" in capsys.readouterr().err
     assert tokenizer("import", "--kind=text", *flags[1:], f"--input={tmp_path / 'encodec'}") == 1
 
@@ -215,10 +215,10 @@ def test_errors_are_one_line(corpus, tmp_path, capsys):
     flags = ("--kind=image", f"--tokenizer={corpus / 'image'}")
     for arguments, message in (
         (("encode", *flags, f"--input={corpus / '0.png'}"), "needs --output"),
-        (("encode", *flags, f"--input={corpus}", "--output=x"), "holds 3 files"),
+        (("encode", *flags, f"--input={corpus}", "--output=x.npy"), "holds 3 files"),
         (("evaluate", *flags, f"--input={tmp_path}"), "holds no image"),
         (("evaluate", *flags, f"--input={tmp_path / 'none'}"), "does not exist"),
-        (("decode", *flags, f"--input={corpus / 'a.txt'}", "--output=x"), "not a .npy file"),
+        (("decode", *flags, f"--input={corpus / 'a.txt'}", "--output=x.png"), "not a .npy file"),
     ):
         assert tokenizer(*arguments) == 1
         assert message in capsys.readouterr().err
