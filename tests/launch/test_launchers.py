@@ -168,7 +168,8 @@ def test_a_run_on_a_tpu_vm_outlives_the_connection_and_stops_when_told(tmp_path)
         aromni="trap 'echo saved; exit 75' TERM; echo started; while true; do echo step; sleep 0.05; done",
     )
     environment = {"PATH": path, "HOME": str(tmp_path)}
-    command = ["bash", "-c", on_every_host(*TRAIN)]
+    # Under nohup a shell would pass on that it hears no SIGHUP.
+    command = ["env", "--default-signal=HUP", "bash", "-c", on_every_host(*TRAIN)]
     log, kill = tmp_path / "aromni.log", ["-c", "kill $(cat ~/aromni.pid)"]
     log.write_text("of an earlier run\n")
     connection = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -176,10 +177,10 @@ def test_a_run_on_a_tpu_vm_outlives_the_connection_and_stops_when_told(tmp_path)
         assert connection.stdout.readline() == "started\n"
         # What sshd does when it has lost the other end.
         os.killpg(connection.pid, signal.SIGHUP)
-        connection.communicate()
+        connection.communicate(timeout=60)
         seen = log.read_text().count("step")
         wait_for(lambda: log.read_text().count("step") > seen + 3)
-        assert "already" in bash("-c", command[2], expected=1, **environment)
+        assert "already" in bash("-c", command[-1], expected=1, **environment)
     finally:
         pid = int((tmp_path / "aromni.pid").read_text())
         bash(*kill, **environment)
