@@ -141,11 +141,12 @@ def test_machines_of_several_workers_share_the_shards(corpus, tmp_path, monkeypa
             for command in self.commands:
                 assert command[1:3] == ["-m", "launch.cli"]
                 assert cli.main(command[3:]) == 0
-            self.on_events([{"done": 1, "total": 1, "quarantined": 0}, {"complete": True}])
+            done = {"done": 1, "total": 1, "quarantined": 0}
+            self.on_events([done, {"complete": (output / "dataset.json").exists()}])
             return 0
 
-    monkeypatch.setattr("launch.pretokenize.LocalWorkers", Pretend)
     output = tmp_path / "data"
+    monkeypatch.setattr("launch.pretokenize.LocalWorkers", Pretend)
     for machine in (1, 0):
         places = ["--num_workers=2", f"--shard_index={machine}", "--num_shards=2", f"--output={output}"]
         assert cli.main(["pretokenize", *flags(corpus), *places]) == 0
