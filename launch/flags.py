@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import errno
 import importlib.util
+import os
 import pathlib
 from typing import Any
 
@@ -28,6 +29,19 @@ _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
 def is_bad_input(error: BaseException) -> bool:
     """Whether an error is answered with one line, not with a traceback: `BAD_INPUT`, or no place to write to."""
     return isinstance(error, BAD_INPUT) or (isinstance(error, OSError) and error.errno in _NO_PLACE)
+
+
+def check_can_write(flag: str, file: str | None) -> None:
+    """ValueError before the work whose result `--flag=file` could not take."""
+    if not file:
+        return
+    path = pathlib.Path(file)
+    if not path.parent.is_dir():
+        raise ValueError(f"--{flag}={file}: there is no directory {str(path.parent)!r}; make it, or give another file")
+    if path.is_dir():
+        raise ValueError(f"--{flag}={file} is a directory; give a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--{flag}={file} cannot be written; give a file in a directory of yours")
 
 
 def add_config_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:

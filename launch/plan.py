@@ -22,7 +22,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from launch import plan_search
-from launch.flags import add_config_argument, load_config
+from launch.flags import add_config_argument, check_can_write, load_config
 
 if TYPE_CHECKING:
     from aromni_jax.config import TrainConfig
@@ -80,8 +80,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--search compiles many steps and --executable writes one; give one of them")
     if args.search and args.compile:
         raise ValueError("--search stops compiling where memory is known, and --compile goes on; give one of them")
-    if args.json:
-        _check_can_write(pathlib.Path(args.json))
+    check_can_write("json", args.json)
     if args.topology == LOCAL:
         return _compile_here(plain, args)
     os.environ.update(QUIET_COMPILER)
@@ -98,17 +97,6 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def _check_can_write(file: pathlib.Path) -> None:
-    """ValueError before the minutes of work whose result could not be written."""
-    folder = file.parent
-    if not folder.is_dir():
-        raise ValueError(f"--json={file}: there is no directory {str(folder)!r}; make it, or give another file")
-    if file.is_dir():
-        raise ValueError(f"--json={file} is a directory; give a file in it")
-    if not os.access(file if file.exists() else folder, os.W_OK):
-        raise ValueError(f"--json={file} cannot be written; give a file in a directory of yours")
 
 
 def _compile_here(config_dict: dict[str, Any], args: argparse.Namespace) -> int:

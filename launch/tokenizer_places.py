@@ -6,6 +6,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+from launch.flags import check_can_write
+
 _CONFIG = "config.json"
 _TRAINING = "training"
 _FILES = (_CONFIG, "params.safetensors", "tokenizer.model", "tokenizer.json")
@@ -24,7 +26,7 @@ def check(args: argparse.Namespace) -> None:
     else:
         _check_is_there(args)
     for flag in ("json", "report") + (("output",) if args.action in ("encode", "decode") else ()):
-        _check_can_be_written(flag, getattr(args, flag))
+        check_can_write(flag, getattr(args, flag))
     if args.action in ("encode", "decode"):
         _check_suffix(args)
 
@@ -64,15 +66,6 @@ def _check_is_there(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--tokenizer={directory} is a tokenizer of {found}; give --kind={found}, or a tokenizer of {args.kind}"
         )
-
-
-def _check_can_be_written(flag: str, file: str | None) -> None:
-    if not file:
-        return
-    if Path(file).is_dir():
-        raise ValueError(f"--{flag}={file} is a directory; name a file")
-    if not Path(file).parent.is_dir():
-        raise ValueError(f"--{flag}={file}: there is no directory {Path(file).parent}; make it first")
 
 
 def _check_suffix(args: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import time
 
@@ -16,6 +15,7 @@ from runs import ROOT, environment, finish, lines, run, start, when
 from aromni_jax.train import saved
 from configs.pretrain import get_config
 from launch.training_data import open_data
+from tests.fixtures.free_port import free_port
 
 STEPS = 40
 OVERRIDES = (
@@ -111,10 +111,7 @@ def test_processes_named_halfway_are_refused(tmp_path, cache, flags, message):
 @pytest.mark.slow
 def test_an_error_of_one_process_before_the_first_step_ends_both(tmp_path, cache):
     """The data are missing on one host: that one says so, with the status of what a user can mend."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    joined = (*OVERRIDES, f"--coordinator_address=localhost:{port}", "--num_processes=2")
+    joined = (*OVERRIDES, f"--coordinator_address=localhost:{free_port()}", "--num_processes=2")
     joined += ("--heartbeat_timeout_seconds=10",)
     missing = "--config.data.mixture={'a': {'path': '/not/here', 'weight': 1.0}}"
     began = time.monotonic()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import socket
 import subprocess
 import sys
 from typing import Any
@@ -14,15 +13,9 @@ import pytest
 from runs import ROOT, environment
 
 from tests.fixtures.data_fakes import fake_bundle, make_dataset
+from tests.fixtures.free_port import free_port
 
 BATCH, LENGTH = 4, 128
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def draw(

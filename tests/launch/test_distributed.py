@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import http.server
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ import jax
 import pytest
 
 from launch import distributed
+from tests.fixtures.free_port import free_port
 from tests.fixtures.source_tree import ROOT
 
 ALONE = argparse.Namespace(coordinator_address=None, num_processes=None, process_id=None, heartbeat_timeout_seconds=100)
@@ -41,12 +41,6 @@ def environment(**variables: str) -> dict[str, str]:
         if not name.startswith((*CLUSTERS, "XLA_FLAGS", "JAX_PLATFORMS"))
     }
     return kept | {"PYTHONPATH": str(ROOT)} | variables
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def joined(*environments: dict[str, str]) -> list[str]:

@@ -124,7 +124,7 @@ def test_files_that_cannot_be_written_are_said_before_the_work(
     )
     for arguments, message in (
         (("evaluate", *image, f"--json={tmp_path / 'no' / 'x.json'}"), "there is no directory"),
-        (("evaluate", *speech, f"--report={tmp_path}"), "is a directory; name a file"),
+        (("evaluate", *speech, f"--report={tmp_path}"), "is a directory; give a file in it"),
         (("encode", *image, f"--output={tmp_path / 'x.txt'}"), "files that end in .npy"),
         (("decode", *image, f"--output={tmp_path / 'x.xyz'}"), "files that end in .png, .jpg, .jpeg, .webp, .bmp"),
         (("decode", *speech, f"--output={tmp_path / 'x.png'}"), "files that end in .wav, .flac, .ogg"),

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 import pytest
 
+from tests.fixtures.free_port import free_port
 from tests.fixtures.source_tree import ROOT
 
 
 def restored(workdir: pathlib.Path, kind: str) -> list[dict]:
     """What each of the two processes of `tests.fixtures.network_folder` says."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     command = [sys.executable, "-m", "tests.fixtures.network_folder"]
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_NUM_CPU_DEVICES": "1"}
     processes = [
