@@ -55,14 +55,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     is_beside_peer = has_peer(args.no_peer)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         directory = Path(folder)
+        _tell("the documents")
         _write_inputs(directory, config, args.data)
         on_cores = ",".join(map(str, cores))
+        _tell("our side compiles its step")
         ours = stack.enter_context(started("launch.bench_train_side", ["ours", folder, on_cores]))
         described = ask(ours, "describe")
         print(f"{described['device']}, {len(cores)} of {os.cpu_count()} cores; {described['parameters']:,} parameters")
         sides = {"ours": ours}
         if is_beside_peer:
             arguments = ["peer", folder, on_cores, described["platform"]]
+            _tell("the peer reads our weights")
             sides["peer"] = stack.enter_context(started("launch.bench_train_side", arguments))
         libraries = versions("jax", *(("torch", "transformers") if is_beside_peer else ()))
         device = f"{described['device']}, {len(cores)} of {os.cpu_count()} cores; {libraries}"
