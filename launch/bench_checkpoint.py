@@ -108,7 +108,7 @@ class _Clock(Hook):
 @contextlib.contextmanager
 def _watching(directory: Path) -> Iterator[dict[int, float]]:
     """{step: when its checkpoint was whole}, filled by a thread that looks a hundred times a second."""
-    from aromni_jax.train.checkpoint import list_steps
+    from aromni_jax.train.saved_step import list_steps
 
     whole: dict[int, float] = {}
     over = threading.Event()

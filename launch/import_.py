@@ -86,7 +86,8 @@ def import_directory(
     from aromni_jax.interop.chameleon import ChameleonDirectory
     from aromni_jax.interop.container import whole_directory
     from aromni_jax.train import workdir as workdirs
-    from aromni_jax.train.checkpoint import Checkpointer, RunFacts
+    from aromni_jax.train.checkpoint import Checkpointer
+    from aromni_jax.train.saved_step import RunFacts
 
     given = pathlib.Path(tokenizers) if tokenizers is not None else None
     opened = ChameleonDirectory(pathlib.Path(source), vocabulary_of(given) if given else None, rotary)

@@ -124,11 +124,12 @@ def run_training(
     from aromni_jax.models.config import num_parameters, resolve_model, train_flops
     from aromni_jax.train import observe
     from aromni_jax.train import workdir as workdirs
-    from aromni_jax.train.checkpoint import Checkpointer, RunFacts
+    from aromni_jax.train.checkpoint import Checkpointer
     from aromni_jax.train.executable import open_executable, program_facts
     from aromni_jax.train.leaves import any_process
     from aromni_jax.train.loop import TrainLoop
     from aromni_jax.train.metrics import MetricsWindow, peak_flops
+    from aromni_jax.train.saved_step import RunFacts
     from aromni_jax.train.state import abstract_state, init_state
     from aromni_jax.train.step import make_learning_rate, make_train_step
     from aromni_jax.train.watchdog import Watchdog

@@ -55,8 +55,15 @@ def plain(hidden, table, of):
     return (of.loss_weights_BL * (loss + Z_LOSS * log_z**2)).sum(), logits, log_z, loss
 
 
+@pytest.fixture(params=["", "NVIDIA H200"])
+def device_kind(request, monkeypatch):
+    """As traced for a CPU and for a GPU, which takes all chunks."""
+    monkeypatch.setattr(losses, "device_kind", lambda: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 8, 10_000])
-def test_sums_equal_the_plain_formula_for_any_chunk(chunk_tokens):
+def test_sums_equal_the_plain_formula_for_any_chunk(chunk_tokens, device_kind):
     hidden, table = tables()
     b = batch()
     sums = sums_of(hidden, table, b, chunk_tokens)
@@ -76,7 +83,7 @@ def test_sums_equal_the_plain_formula_for_any_chunk(chunk_tokens):
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 12, 10_000])
-def test_gradients_taken_with_the_loss_are_those_of_the_plain_formula(chunk_tokens):
+def test_gradients_taken_with_the_loss_are_those_of_the_plain_formula(chunk_tokens, device_kind):
     def objective(hidden, table):
         return 3 * sums_of(hidden, table, batch(), chunk_tokens).objective
 
@@ -103,7 +110,13 @@ def test_nothing_is_computed_for_chunks_without_a_target_that_counts():
     assert not np.any(np.asarray(d_hidden)[weights == 0])
 
 
-def test_a_batch_without_targets_has_no_loss_and_no_gradient():
+def test_no_gpu_waits_for_the_host_to_count_chunks(device_kind):
+    """A loop whose length is data is one that a GPU leaves to ask the host."""
+    traced = jax.make_jaxpr(jax.grad(lambda *inputs: sums_of(*inputs, batch(), 4).objective, (0, 1)))(*tables())
+    assert ("while[" in str(traced)) == (device_kind == "")
+
+
+def test_a_batch_without_targets_has_no_loss_and_no_gradient(device_kind):
     b = dataclasses.replace(batch(), loss_weights_BL=np.zeros((B, L), np.float32))
     value, gradients = jax.value_and_grad(lambda *inputs: sums_of(*inputs, b, 5).objective, (0, 1))(*tables())
     assert value == 0 and not any(np.any(gradient) for gradient in gradients)

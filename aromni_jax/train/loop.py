@@ -25,10 +25,11 @@ from orbax.checkpoint import v1 as ocp
 from aromni_jax.arrays import PyTree
 from aromni_jax.config import TrainConfig
 from aromni_jax.structs import PackedBatch
-from aromni_jax.train.checkpoint import Checkpointer, RunFacts, Snapshot
+from aromni_jax.train.checkpoint import Checkpointer, Snapshot
 from aromni_jax.train.leaves import any_process
 from aromni_jax.train.metrics import MetricsWindow
 from aromni_jax.train.observe import Hook
+from aromni_jax.train.saved_step import RunFacts
 from aromni_jax.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import numpy as np
 import tensorstore
 
 from aromni_jax.train import workdir as workdirs
-from aromni_jax.train.checkpoint import DamagedCheckpoint, RunFacts, SavedStep, list_steps
 from aromni_jax.train.leaves import nested, of_first_process
+from aromni_jax.train.saved_step import DamagedCheckpoint, RunFacts, SavedStep, list_steps
 
 log = logging.getLogger(__name__)
 

@@ -49,8 +49,9 @@ def _boxed_state(model: ModelConfig, train: TrainConfig, frozen: Frozen) -> Trai
     key = jax.random.PRNGKey(train.seed)
     init_key, run_key = jax.random.split(key)
     ids_BL = jnp.zeros((1, 2), jnp.int32)
-    # Drawn in float32 whatever `param_dtype` is: the rounded values of one and the same start.
-    decoder = Decoder(dataclasses.replace(model, param_dtype="float32"))
+    # Drawn in float32 whatever `param_dtype` is: the rounded values of one and the same start. A scan draws the same
+    # numbers as its layers one by one, which take a GPU half a minute to compile.
+    decoder = Decoder(dataclasses.replace(model, param_dtype="float32", scan_layers=True))
     weights = decoder.init(init_key, ids_BL, ids_BL, ids_BL)["params"]
     # Copies, because donation forbids two leaves in one buffer.
     ema = jax.tree.map(jnp.copy, weights) if train.optimizer.ema_decay else {}

@@ -12,8 +12,9 @@ import pytest
 from aromni_jax.config import CheckpointConfig
 from aromni_jax.interop import names
 from aromni_jax.interop.chameleon import METADATA_FILE, ChameleonDirectory
-from aromni_jax.train.checkpoint import Checkpointer, RunFacts
+from aromni_jax.train.checkpoint import Checkpointer
 from aromni_jax.train.saved import load_params
+from aromni_jax.train.saved_step import RunFacts
 from launch import cli
 from launch.export import export_workdir, parse_size
 from launch.import_ import import_directory

@@ -21,14 +21,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from aromni_jax.config import CheckpointConfig
 from aromni_jax.train import checkpoint, pieces, saved
 from aromni_jax.train import workdir as workdirs
-from aromni_jax.train.checkpoint import (
-    Checkpointer,
-    DamagedCheckpoint,
-    RunFacts,
-    SavedStep,
-    describe_differences,
-)
+from aromni_jax.train.checkpoint import Checkpointer
 from aromni_jax.train.leaves import checksums, named_leaves, nested
+from aromni_jax.train.saved_step import DamagedCheckpoint, RunFacts, SavedStep, describe_differences
 
 ASYNC = CheckpointConfig(save_every_steps=1, keep_last=3, keep_every_steps=0, asynchronous=True)
 
@@ -125,7 +120,7 @@ def test_save_survives_donation_of_the_state(tmp_path, has_room):
 
 
 def test_writes_in_pieces_and_rests_between_them_until_somebody_waits(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 5 << 20)
+    monkeypatch.setattr(checkpoint, "piece_bytes", {"cpu": 5 << 20}.get)
     monkeypatch.setattr(pieces, "_REST", 1e6)
     state = {name: jnp.full((1 << 20,), number, jnp.float32) for number, name in enumerate("abcd")}
     checkpointer = Checkpointer(tmp_path, ASYNC)
@@ -140,6 +135,30 @@ def test_writes_in_pieces_and_rests_between_them_until_somebody_waits(tmp_path, 
     assert len(list((tmp_path / "checkpoints" / "1").rglob("ocdbt.process_0/d/*"))) >= len(state)
     assert checkpointer.restore_latest(abstract(state), accept)[0] == 1
     checkpointer.close()
+
+
+def test_beside_an_accelerator_pieces_follow_each_other_without_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(checkpoint, "piece_bytes", {"gpu": 5 << 20}.get)
+    monkeypatch.setattr(pieces, "_REST", 1e6)
+    ended: list[object] = []
+    written = pieces.Pieces.on_write_end
+
+    def on_write_end(self: pieces.Pieces, keypath: object) -> None:
+        if self._begin is not None:
+            ended.append(keypath)
+        written(self, keypath)
+
+    monkeypatch.setattr(pieces.Pieces, "on_write_end", on_write_end)
+    state = {name: jnp.full((1 << 20,), number, jnp.float32) for number, name in enumerate("abcd")}
+    with contextlib.closing(Checkpointer(tmp_path, ASYNC)) as checkpointer:
+        checkpointer.save(1, state, facts(1))
+        # Nobody hurries it.
+        deadline = time.monotonic() + 30
+        while 1 not in checkpointer.steps() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert checkpointer.restore_latest(abstract(state), accept)[0] == 1
+    assert len(ended) == len(state)
 
 
 def test_rests_within_pieces_and_never_in_the_thread_of_the_loop(tmp_path, monkeypatch):

@@ -28,10 +28,11 @@ from aromni_jax.config import (
 from aromni_jax.structs import Modality, Task, WeightedSum
 from aromni_jax.train import loop as loops
 from aromni_jax.train import metrics, saved
-from aromni_jax.train.checkpoint import Checkpointer, RunFacts
+from aromni_jax.train.checkpoint import Checkpointer
 from aromni_jax.train.loop import TrainLoop
 from aromni_jax.train.metrics import MetricsWindow, deterministic
 from aromni_jax.train.observe import Hook, MetricsFiles
+from aromni_jax.train.saved_step import RunFacts
 from aromni_jax.train.watchdog import TryAgain, Watchdog
 
 CELLS = (len(Task), len(Modality))

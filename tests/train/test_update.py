@@ -14,7 +14,8 @@ from test_step import ONE_DEVICE, VOCAB, assert_same, frozen, model_config, rand
 from aromni_jax import optim, partitioning
 from aromni_jax.config import CheckpointConfig, MeshConfig
 from aromni_jax.train import saved
-from aromni_jax.train.checkpoint import Checkpointer, RunFacts, named_leaves
+from aromni_jax.train.checkpoint import Checkpointer, named_leaves
+from aromni_jax.train.saved_step import RunFacts
 from aromni_jax.train.state import abstract_state, init_state
 from aromni_jax.train.step import loss_and_gradients, make_train_step
 from aromni_jax.train.update import HOST, as_float32, is_offloaded
