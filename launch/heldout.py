@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 class HeldOutLosses:
     """Measures a training state on the data sets of `data.evaluation`, each for itself: {"NAME/loss/image": nats, ...}.
 
-    Every target counts once, whatever the training weights, so numbers of different runs stand side by side.
+    Every target counts once, whatever the training weights, so numbers of different runs stand side by side. A call is
+    one of `loop.Evaluate`.
 
     Raises:
       ValueError: a data set that is not there, is empty, was made with another vocabulary, or holds longer records than
@@ -52,15 +54,15 @@ class HeldOutLosses:
                 )
             )
 
-    def __call__(self, state: TrainState, step: int) -> dict[str, Any]:
+    def __call__(self, state: TrainState, step: int, is_stopping: Callable[[], bool]) -> dict[str, Any] | None:
         results: dict[str, Any] = {}
         for name, batches in self._batches.items():
-            measured = (
-                jax.device_get(
-                    self._step(state.params, state.frozen, partitioning.put_batch(batch, self._mesh), state.step)
-                )
-                for batch in batches
-            )
+            measured = []
+            for batch in batches:
+                if is_stopping():
+                    return None
+                placed = partitioning.put_batch(batch, self._mesh)
+                measured.append(jax.device_get(self._step(state.params, state.frozen, placed, state.step)))
             line = MetricsWindow.of_evaluation(measured, self._config.loss)
             results |= {f"{name}/{key}": value for key, value in line.items() if not key.startswith("weight_share")}
         return results

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from aromni_jax.config import TrainConfig
     from aromni_jax.models.config import ModelConfig
-    from aromni_jax.train.loop import Batches
+    from aromni_jax.train.loop import Batches, Evaluate
     from aromni_jax.train.observe import Hook
     from aromni_jax.train.state import TrainState
     from aromni_jax.vocab import JointVocab
@@ -102,16 +102,16 @@ def run_training(
     workdir: str | os.PathLike[str],
     hooks: Sequence[Hook] = (),
     *,
-    evaluate: Callable[[TrainState, int], dict[str, Any]] | None = None,
+    evaluate: Evaluate | None = None,
     with_progress: bool = True,
     started: float | None = None,
     executable: str | os.PathLike[str] | None = None,
 ) -> TrainResult:
     """Trains `config` in `workdir` from the newest checkpoint there, or from the beginning.
 
-    `evaluate(state, step)`, by default the losses on `data.evaluation`, runs every `config.eval_every_steps`; its
-    numbers go to `evaluations.jsonl` and the hooks. The first step is timed from `started` (`time.monotonic()`), by
-    default from now. With `executable`, the step is loaded from that file instead of compiled.
+    `evaluate`, by default the losses on `data.evaluation`, runs every `config.eval_every_steps`; its numbers go to
+    `evaluations.jsonl` and the hooks. The first step is timed from `started` (`time.monotonic()`), by default from now.
+    With `executable`, the step is loaded from that file instead of compiled.
 
     Raises:
       ValueError: the workdir cannot be written or belongs to another config, vocabulary or data set, every checkpoint

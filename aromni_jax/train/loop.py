@@ -61,14 +61,16 @@ class Batches(Protocol):
 
 
 class StopRequest:
-    """SIGTERM and SIGINT become a polite stop: `agreed` is true on every process at the same step. A context manager.
+    """SIGTERM and SIGINT become a polite stop: `agreed` is true on every process at the same call. A context manager.
 
     A second SIGINT interrupts at once. With several processes jax's preemption service spreads the notice: a SIGTERM to
-    any one of them stops all, at a step that none has passed yet.
+    any one of them stops all, at a call that none has come to yet.
     """
 
     def __init__(self) -> None:
         self._requested = threading.Event()
+        self._num_calls = 0
+        self._is_agreed = False
         self._restore: list[tuple[int, Any]] = []
 
     def __enter__(self) -> StopRequest:
@@ -91,12 +93,15 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
         log.warning("%s: finishing this step, then saving", signal.Signals(number).name)
 
-    def agreed(self, number: int) -> bool:
-        """Whether to stop after the step of this `number`, counted from 1 since the start, because jax compares it with
-        the highest it has heard; every process must ask after every step."""
+    def agreed(self) -> bool:
+        """Whether to stop here; every process must ask as often as the others."""
+        # Calls are counted from this start, because jax compares them with the highest number it has heard.
+        self._num_calls += 1
         if jax.process_count() > 1:
-            return bool(multihost_utils.reached_preemption_sync_point(number))
-        return self._requested.is_set()
+            self._is_agreed |= bool(multihost_utils.reached_preemption_sync_point(self._num_calls))
+        else:
+            self._is_agreed = self._requested.is_set()
+        return self._is_agreed
 
 
 @dataclasses.dataclass
@@ -144,6 +149,11 @@ def _has_room_for_a_second(state: PyTree, step: Any) -> bool:
     return not any_process(not has_room)
 
 
+Evaluate = Callable[[PyTree, int, Callable[[], bool]], dict[str, Any] | None]
+"""`evaluate(state, step, is_stopping)`: what it measured; or None because `is_stopping()`, which all processes must ask
+as often as each other (between two batches, for example), told it to give up."""
+
+
 class TrainLoop:
     """Runs steps `first_step + 1 .. config.total_steps`.
 
@@ -151,8 +161,8 @@ class TrainLoop:
     rate of the step after so many; `load`, if given, fetches the compiled step. `place` makes global arrays of the
     rows this process drew; `facts` tells what a checkpoint should say, given the data position and the metrics window;
     `flops` maps (real tokens, attended pairs) of a window to model FLOPs and `peak_flops` is that of the whole mesh.
-    `evaluate(state, step)` runs every `config.eval_every_steps` and its result goes to the hooks; who is asked to stop
-    there saves at once, and evaluates at the next start, unless `is_evaluated`. `watchdog` hears what the loop does,
+    `evaluate` runs every `config.eval_every_steps` and its result goes to the hooks; who is asked to stop there, or on
+    the way, saves at once, and evaluates at the next start, unless `is_evaluated`. `watchdog` hears what the loop does,
     `started` is the `time.monotonic()` from which the first step is timed, and `start_facts` go into the first line.
     """
 
@@ -169,7 +179,7 @@ class TrainLoop:
         facts: Callable[[dict[str, Any], dict[str, Any]], RunFacts],
         window: MetricsWindow,
         hooks: Sequence[Hook] = (),
-        evaluate: Callable[[PyTree, int], dict[str, Any]] | None = None,
+        evaluate: Evaluate | None = None,
         flops: Callable[[float, float], float] | None = None,
         peak_flops: float | None = None,
         watchdog: Watchdog,
@@ -216,7 +226,7 @@ class TrainLoop:
                 for hook in self._hooks:
                     hook.on_start(step, total)
                 if not self._is_evaluated:
-                    self._run_evaluation(state, step)
+                    is_stopping = not self._run_evaluation(state, step, stop.agreed)
                 self._watchdog.enter("step")
                 self._restart_clock()
                 while run_step and drawn and not is_stopping:
@@ -227,8 +237,7 @@ class TrainLoop:
                     drawn = self._draw() if step < total else None
                     done.is_last = not drawn
                     self._record(keep=1)
-                    is_stopping = stop.agreed(step - first_step)
-                    self._after_step(state, done, is_stopping)
+                    is_stopping = self._after_step(state, done, stop)
                 self._watchdog.enter("save")
                 self._checkpointer.wait()
             if step < total and not drawn:
@@ -266,18 +275,24 @@ class TrainLoop:
             return None
         return _Drawn(self._place(local_batch), self._batches.state(), wait_seconds)
 
-    def _after_step(self, state: PyTree, done: _Pending, is_stopping: bool) -> None:
-        """Evaluates and takes a snapshot after `done`, whose metrics may still be on their way: `_record` writes it."""
+    def _after_step(self, state: PyTree, done: _Pending, stop: StopRequest) -> bool:
+        """Evaluates and takes a snapshot after `done`, whose metrics may still be on their way: `_record` writes it.
+
+        Returns whether to stop here.
+        """
         config, step = self._config, done.step
+        is_evaluating = config.eval_every_steps and step % config.eval_every_steps == 0
+        is_stopping = stop.agreed()
+        if is_evaluating or is_stopping or done.is_last:
+            self._record(keep=0)
+        # Whoever stops a run may give it half a minute. After the last step there is no other start to evaluate it.
+        if is_evaluating and done.is_last:
+            self._run_evaluation(state, step, lambda: False)
+        elif is_evaluating and not is_stopping:
+            is_stopping = not self._run_evaluation(state, step, stop.agreed)
         is_end = is_stopping or done.is_last
         done.is_shared = is_end or step % config.checkpoint.save_every_steps == 0
         done.is_local = bool(config.checkpoint.local_directory) and step % config.checkpoint.local_every_steps == 0
-        is_evaluating = config.eval_every_steps and step % config.eval_every_steps == 0
-        if is_evaluating or is_end:
-            self._record(keep=0)
-        # Whoever stops a run may give it half a minute.
-        if is_evaluating and (done.is_last or not is_stopping):
-            self._run_evaluation(state, step)
         if done.is_shared or done.is_local:
             self._watchdog.enter("save")
             start = time.monotonic()
@@ -286,16 +301,20 @@ class TrainLoop:
             self._watchdog.enter("step")
             if not self._pending:
                 self._write(done)
+        return is_stopping
 
-    def _run_evaluation(self, state: PyTree, step: int) -> None:
+    def _run_evaluation(self, state: PyTree, step: int, is_stopping: Callable[[], bool]) -> bool:
+        """Whether it came to its end, which nothing to do always does."""
         if not self._evaluate:
-            return
+            return True
         self._watchdog.enter("evaluate")
-        results = self._evaluate(state, step)
-        for hook in self._hooks:
-            hook.on_eval(step, results)
+        results = self._evaluate(state, step, is_stopping)
+        if results is not None:
+            for hook in self._hooks:
+                hook.on_eval(step, results)
         self._watchdog.enter("step")
         self._clock = time.monotonic()
+        return results is not None
 
     def _write(self, done: _Pending) -> None:
         """Hands the snapshot of a recorded step to the checkpointer."""

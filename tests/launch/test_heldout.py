@@ -15,8 +15,10 @@ from aromni_jax.config import TrainConfig, from_mapping
 from aromni_jax.train.metrics import MetricsWindow
 from aromni_jax.train.observe import Hook
 from aromni_jax.train.saved import available_steps
+from aromni_jax.train.step import make_eval_step
 from configs.common import set_mixture
 from configs.pretrain import get_config
+from launch import heldout
 from launch.train import run_training
 from tests.fixtures.data_fakes import make_dataset
 
@@ -51,18 +53,33 @@ def test_losses_on_named_sets_are_written_and_the_sets_may_change(tmp_path):
     assert last["step"] == 6 and "seen/loss/text" not in last
 
 
-def test_who_is_stopped_saves_at_once_and_evaluates_at_the_next_start(tmp_path):
-    """SIGTERM arrives while step 2 runs, after which an evaluation is due."""
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_who_is_stopped_saves_at_once_and_evaluates_at_the_next_start(tmp_path, monkeypatch, when):
+    """SIGTERM arrives while step 2 runs, after which an evaluation is due, or in that evaluation's first batch."""
 
     class Stop(Hook):
         def on_step(self, step, line):
-            if step == 1:
+            if step == 1 and when == "before":
                 os.kill(os.getpid(), signal.SIGTERM)
 
+    batches = []
+
+    def make_stopping_step(*args):
+        def step(*inputs):
+            batches.append(inputs)
+            if len(batches) == 1 and when == "during":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluated(*inputs)
+
+        evaluated = make_eval_step(*args)
+        return step
+
+    monkeypatch.setattr(heldout, "make_eval_step", make_stopping_step)
     data, workdir = make_dataset(tmp_path, name="data"), tmp_path / "run"
     config = config_for(data, {"seen": str(data)}, eval_every_steps=2)
     stopped = run_training(config, workdir, [Stop()], with_progress=False)
     assert stopped.is_interrupted and available_steps(workdir) == [2] == [stopped.step]
+    assert len(batches) == (when == "during")
     file = workdir / "evaluations.jsonl"
     assert not file.exists() or not file.read_text()
     run_training(config, workdir, with_progress=False)

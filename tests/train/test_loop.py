@@ -106,7 +106,9 @@ def facts(position, window) -> RunFacts:
     return RunFacts({"seed": 0}, "vocab", "counted", position, window)
 
 
-def train(workdir, config=None, hooks=(), bad=(), evaluate=None, step=toy_step, batches=None, load=None):
+def train(
+    workdir, config=None, hooks=(), bad=(), evaluate=None, step=toy_step, batches=None, load=None, is_evaluated=True
+):
     """One start of a run, fresh or resumed; returns (result, batches)."""
     config = config or config_of()
     batches = batches or CountedBatches(bad)
@@ -135,6 +137,7 @@ def train(workdir, config=None, hooks=(), bad=(), evaluate=None, step=toy_step, 
             peak_flops=1.0,
             watchdog=Watchdog(workdir, seconds=0),
             started=time.monotonic(),
+            is_evaluated=is_evaluated,
         )
         result = loop.run(state, first_step)
     return result, batches
@@ -251,13 +254,50 @@ def test_a_save_that_fails_ends_the_run(tmp_path):
         train(tmp_path, hooks=[Broken()])
 
 
-def test_processes_that_agree_to_stop_count_from_this_start(tmp_path, monkeypatch):
+def test_processes_that_agree_to_stop_count_from_this_start(monkeypatch):
     """jax lets all stop at one more than the highest number it has heard: before the first step of a resume, at 1."""
     asked = []
-    monkeypatch.setattr("aromni_jax.train.loop.StopRequest.agreed", lambda self, number: asked.append(number))
-    train(tmp_path, config_of(total_steps=4))
-    train(tmp_path, config_of(total_steps=7))
-    assert asked == [1, 2, 3, 4, 1, 2, 3]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        loops.multihost_utils, "reached_preemption_sync_point", lambda number: asked.append(number) or number == 2
+    )
+    for _ in range(2):
+        stop = loops.StopRequest()
+        assert [stop.agreed() for _ in range(3)] == [False, True, True]
+    assert asked == [1, 2, 3] * 2
+
+
+def test_who_is_asked_to_stop_while_it_evaluates_saves_at_once_and_evaluates_at_the_next_start(tmp_path):
+    config = config_of(eval_every_steps=3, checkpoint=CheckpointConfig(100, 5, 0, asynchronous=True))
+    begun, watch = [], At()
+
+    def evaluate(state, step, is_stopping):
+        begun.append(step)
+        for _ in range(3):
+            if begun == [3, 6]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if is_stopping():
+                return None
+        return {"sum": float(state["params"]["sum"])}
+
+    stopped, _ = train(tmp_path, config, hooks=[watch], evaluate=evaluate)
+    assert (stopped.step, stopped.is_interrupted) == (6, True)
+    assert saved.available_steps(tmp_path) == [6] and watch.evaluations == {3: {"sum": 48.0}}
+    result, _ = train(tmp_path, config, hooks=[watch], evaluate=evaluate, is_evaluated=False)
+    assert (result.step, result.is_interrupted) == (10, False)
+    assert begun == [3, 6, 6, 9] and watch.evaluations[6] == {"sum": 168.0}
+
+
+def test_a_stop_in_the_evaluation_that_a_start_owes_trains_no_step(tmp_path):
+    config = config_of(total_steps=4, eval_every_steps=3)
+    train(tmp_path, dataclasses.replace(config, total_steps=3))
+
+    def evaluate(state, step, is_stopping):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return None if is_stopping() else {}
+
+    stopped, _ = train(tmp_path, config, evaluate=evaluate, is_evaluated=False)
+    assert (stopped.step, stopped.is_interrupted) == (3, True)
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path):
@@ -304,7 +344,7 @@ def test_evaluations_reach_hooks_and_their_file(tmp_path):
         tmp_path,
         config_of(eval_every_steps=4),
         hooks=[watch],
-        evaluate=lambda state, step: {"sum": float(state["params"]["sum"])},
+        evaluate=lambda state, step, is_stopping: {"sum": float(state["params"]["sum"])},
     )
     assert watch.evaluations == {4: {"sum": 80.0}, 8: {"sum": 288.0}}
     assert watch.steps == list(range(1, 11))
@@ -439,7 +479,7 @@ class TimedSave(Hook):
 
 
 def timed_train(workdir, clock, bad=()):
-    def evaluate(state, step):
+    def evaluate(state, step, is_stopping):
         clock.passes(50)
         return {}
 
