@@ -2,168 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
-import os
 import shutil
-import signal
-import threading
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from aromni_jax.config import (
     CheckpointConfig,
-    DataConfig,
-    LossConfig,
-    MeshConfig,
-    OptimizerConfig,
-    TrainConfig,
 )
-from aromni_jax.structs import Modality, Task, WeightedSum
 from aromni_jax.train import loop as loops
 from aromni_jax.train import metrics, saved
-from aromni_jax.train.checkpoint import Checkpointer
-from aromni_jax.train.loop import TrainLoop
-from aromni_jax.train.metrics import MetricsWindow, deterministic
-from aromni_jax.train.observe import Hook, MetricsFiles
-from aromni_jax.train.saved_step import RunFacts
-from aromni_jax.train.watchdog import TryAgain, Watchdog
-
-CELLS = (len(Task), len(Modality))
-
-
-def config_of(**changes) -> TrainConfig:
-    base = dict(
-        seed=0,
-        model="debug",
-        total_steps=10,
-        global_batch_size=2,
-        sequence_length=4,
-        gradient_accumulation_steps=1,
-        optimizer=OptimizerConfig("adamw", 1e-2, "constant", 0, 1.0, 0.9, 0.95, 1e-8, 0.1, 1.0),
-        mesh=MeshConfig(1, 1, 1, 1),
-        checkpoint=CheckpointConfig(save_every_steps=4, keep_last=5, keep_every_steps=0, asynchronous=True),
-        loss=LossConfig("uniform", 1.0, "predict", 1e-4, 32),
-        data=DataConfig("synthetic", "examples", 0, 1),
-        init_from="",
-        log_every_steps=3,
-        eval_every_steps=0,
-    )
-    return TrainConfig(**(base | changes))
-
-
-@jax.jit
-def toy_step(state, batch, rate):
-    """Adds the batch to a running sum; a negative batch is one that is not finite."""
-    value = batch.astype(jnp.float32).sum()
-    good = value >= 0
-    pair = WeightedSum(jnp.sin(value), value + 1)
-    cells = WeightedSum(jnp.full(CELLS, jnp.sin(value)), jnp.full(CELLS, 1.0))
-    metrics = {name: pair for name in ("next_token", "z_loss", "perceptual")}
-    metrics |= {"modality": WeightedSum(cells.sum.sum(0), cells.weight.sum(0))}
-    metrics |= {"task": WeightedSum(cells.sum.sum(1), cells.weight.sum(1)), "accuracy": cells}
-    metrics |= {"weight_share": cells.weight, "num_tokens": 2.0, "num_pairs": 3.0, "num_rows_tokens": 4.0}
-    metrics |= {"loss": value, "grad_norm": value, "learning_rate": rate, "is_finite": good}
-    return {"params": {"sum": state["params"]["sum"] + value}}, metrics
-
-
-class CountedBatches:
-    """Batch n is n, in two rows."""
-
-    fingerprint = "counted"
-
-    def __init__(self, bad=()):
-        self.next_step = 1
-        self.drawn = []
-        self._bad = set(bad)
-
-    def __next__(self):
-        step = self.next_step
-        self.next_step += 1
-        self.drawn.append(step)
-        return np.full((2, 4), -1 if step in self._bad else step, np.int32)
-
-    def state(self):
-        return {"next_step": self.next_step}
-
-    def restore(self, state):
-        self.next_step = state["next_step"]
-
-    def shares(self, state):
-        return {}
-
-    def describe_batch(self, step):
-        return [f"record-{step}"]
-
-
-def facts(position, window) -> RunFacts:
-    return RunFacts({"seed": 0}, "vocab", "counted", position, window)
-
-
-def train(
-    workdir, config=None, hooks=(), bad=(), evaluate=None, step=toy_step, batches=None, load=None, is_evaluated=True
-):
-    """One start of a run, fresh or resumed; returns (result, batches)."""
-    config = config or config_of()
-    batches = batches or CountedBatches(bad)
-    with contextlib.closing(Checkpointer(workdir, config.checkpoint)) as checkpointer:
-        state = {"params": {"sum": jnp.float32(0)}}
-        window, first_step = MetricsWindow(), 0
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        restored = checkpointer.restore_latest(abstract, lambda _: None)
-        if restored:
-            first_step, state, found = restored
-            batches.restore(found.data_position)
-            window = MetricsWindow.from_json(found.metrics_window)
-        loop = TrainLoop(
-            config=config,
-            step=step,
-            learning_rate=lambda step: jnp.float32(0.1 * (step + 1)),
-            load=load,
-            batches=batches,
-            place=jnp.asarray,
-            checkpointer=checkpointer,
-            facts=facts,
-            window=window,
-            hooks=[MetricsFiles(workdir, first_step), *hooks],
-            evaluate=evaluate,
-            flops=lambda tokens, pairs: tokens,
-            peak_flops=1.0,
-            watchdog=Watchdog(workdir, seconds=0),
-            started=time.monotonic(),
-            is_evaluated=is_evaluated,
-        )
-        result = loop.run(state, first_step)
-    return result, batches
-
-
-def lines_of(workdir):
-    return [deterministic(json.loads(line)) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-class At(Hook):
-    """Does something once when a step is reported, and remembers all it was told."""
-
-    def __init__(self, step=None, action=lambda: None):
-        self.step, self.action = step, action
-        self.steps, self.evaluations, self.ended = [], {}, False
-
-    def on_step(self, step, line):
-        self.steps.append(step)
-        if step == self.step:
-            self.action()
-
-    def on_eval(self, step, results):
-        self.evaluations[step] = results
-
-    def on_end(self, step):
-        self.ended = True
+from aromni_jax.train.observe import Hook
+from aromni_jax.train.watchdog import TryAgain
+from tests.fixtures.toy_run import At, CountedBatches, config_of, lines_of, toy_step, train
 
 
 def test_trains_every_batch_once_and_saves_the_end(tmp_path):
@@ -179,54 +35,6 @@ def test_a_checkpoint_knows_the_batch_trained_last_not_the_one_read_ahead(tmp_pa
     train(tmp_path)
     for step in (4, 8, 10):
         assert saved.read_metadata(tmp_path, step)[1].data_position == {"next_step": step + 1}
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [1, 4, 8])
-def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_bit_by_bit(tmp_path, number, step):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for folder in (whole, cut):
-        folder.mkdir()
-    expected, _ = train(whole)
-    stop = At(step, lambda: os.kill(os.getpid(), number))
-    stopped, _ = train(cut, hooks=[stop])
-    assert stopped.is_interrupted and step < stopped.step < 10
-    assert stop.ended
-    assert saved.available_steps(cut)[-1] == stopped.step
-    resumed, batches = train(cut)
-    assert resumed.step == 10
-    assert batches.drawn == list(range(stopped.step + 1, 11))
-    assert lines_of(cut) == lines_of(whole)
-    assert resumed.state == expected.state
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are put back"
-
-
-class SlowSave(Hook):
-    """Makes the save of one step last, and sends a signal while it does."""
-
-    def __init__(self, step):
-        self.step, self.threads = step, []
-
-    def on_save(self, step):
-        self.threads.append(threading.current_thread())
-        if step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
-
-
-def test_a_signal_during_a_save_waits_for_it_and_saves_again(tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for folder in (whole, cut):
-        folder.mkdir()
-    expected, _ = train(whole)
-    slow = SlowSave(4)
-    stopped, _ = train(cut, hooks=[slow])
-    assert stopped.is_interrupted and 4 < stopped.step < 10
-    assert saved.available_steps(cut)[0] == 4 and saved.available_steps(cut)[-1] == stopped.step
-    assert threading.main_thread() not in slow.threads, "the loop writes nothing itself"
-    resumed, batches = train(cut)
-    assert batches.drawn == list(range(stopped.step + 1, 11))
-    assert lines_of(cut) == lines_of(whole) and resumed.state == expected.state
 
 
 def test_the_loop_goes_on_while_a_save_is_written(tmp_path):
@@ -252,61 +60,6 @@ def test_a_save_that_fails_ends_the_run(tmp_path):
 
     with pytest.raises(TryAgain, match=r"checkpoint could not be written below .*no space left"):
         train(tmp_path, hooks=[Broken()])
-
-
-def test_processes_that_agree_to_stop_count_from_this_start(monkeypatch):
-    """jax lets all stop at one more than the highest number it has heard: before the first step of a resume, at 1."""
-    asked = []
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(
-        loops.multihost_utils, "reached_preemption_sync_point", lambda number: asked.append(number) or number == 2
-    )
-    for _ in range(2):
-        stop = loops.StopRequest()
-        assert [stop.agreed() for _ in range(3)] == [False, True, True]
-    assert asked == [1, 2, 3] * 2
-
-
-def test_who_is_asked_to_stop_while_it_evaluates_saves_at_once_and_evaluates_at_the_next_start(tmp_path):
-    config = config_of(eval_every_steps=3, checkpoint=CheckpointConfig(100, 5, 0, asynchronous=True))
-    begun, watch = [], At()
-
-    def evaluate(state, step, is_stopping):
-        begun.append(step)
-        for _ in range(3):
-            if begun == [3, 6]:
-                os.kill(os.getpid(), signal.SIGTERM)
-            if is_stopping():
-                return None
-        return {"sum": float(state["params"]["sum"])}
-
-    stopped, _ = train(tmp_path, config, hooks=[watch], evaluate=evaluate)
-    assert (stopped.step, stopped.is_interrupted) == (6, True)
-    assert saved.available_steps(tmp_path) == [6] and watch.evaluations == {3: {"sum": 48.0}}
-    result, _ = train(tmp_path, config, hooks=[watch], evaluate=evaluate, is_evaluated=False)
-    assert (result.step, result.is_interrupted) == (10, False)
-    assert begun == [3, 6, 6, 9] and watch.evaluations[6] == {"sum": 168.0}
-
-
-def test_a_stop_in_the_evaluation_that_a_start_owes_trains_no_step(tmp_path):
-    config = config_of(total_steps=4, eval_every_steps=3)
-    train(tmp_path, dataclasses.replace(config, total_steps=3))
-
-    def evaluate(state, step, is_stopping):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return None if is_stopping() else {}
-
-    stopped, _ = train(tmp_path, config, evaluate=evaluate, is_evaluated=False)
-    assert (stopped.step, stopped.is_interrupted) == (3, True)
-
-
-def test_a_second_interrupt_does_not_wait(tmp_path):
-    def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, hooks=[At(2, twice)])
 
 
 def test_lines_after_the_checkpoint_are_written_again(tmp_path):
