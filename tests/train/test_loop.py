@@ -12,9 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from aromni_jax.config import (
-    CheckpointConfig,
-)
+from aromni_jax.config import CheckpointConfig
 from aromni_jax.train import loop as loops
 from aromni_jax.train import metrics, saved
 from aromni_jax.train.observe import Hook
