@@ -80,8 +80,8 @@ class JointVocab:
             if not 0 <= token_id < self.size:
                 raise ValueError(f"control token {name!r} = {token_id} lies outside the vocabulary of {self.size} rows")
             owner[token_id] += 1
-        if owner.max() > 1:
-            raise ValueError(f"row {int(owner.argmax())} of the vocabulary has more than one meaning")
+        if np.max(owner) > 1:
+            raise ValueError(f"row {int(np.argmax(owner))} of the vocabulary has more than one meaning")
         if (self.image is None) != (self.tokens_per_image == 0):
             raise ValueError(f"tokens_per_image is {self.tokens_per_image}, but image span is {self.image}")
 
@@ -173,7 +173,7 @@ class JointVocab:
     def text_to_rows(self, text_ids: list[int]) -> np.ndarray:
         """Rows of text tokenizer ids; ValueError for an id the layout has no row for."""
         rows = np.asarray(text_ids, np.int32) + self.text_offset
-        if rows.size and (rows.min() < self.text.start or rows.max() >= self.text.stop):
+        if rows.size and (np.min(rows) < self.text.start or np.max(rows) >= self.text.stop):
             bad = int(rows[(rows < self.text.start) | (rows >= self.text.stop)][0])
             raise ValueError(
                 f"text id {bad - self.text_offset} has row {bad}, outside text rows {self.text.start}.."

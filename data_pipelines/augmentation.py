@@ -219,7 +219,7 @@ def generated_response(rt60_seconds: float, rate_hz: int, rng: np.random.Generat
 
 def reverberant(speech_T: np.ndarray, response_T: np.ndarray) -> np.ndarray:
     """Speech in a room: as long as before, in time with the loudest arrival, and of the same power as a whole."""
-    direct = int(np.abs(response_T).argmax())
+    direct = int(np.argmax(np.abs(response_T)))
     sound_T = fftconvolve(speech_T, response_T)[direct : direct + len(speech_T)]
     power = np.sum(np.square(sound_T))
     return sound_T * np.sqrt(np.sum(np.square(speech_T)) / power) if power > 0 else speech_T

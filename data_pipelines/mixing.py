@@ -148,10 +148,14 @@ class Mixture:
 def describe_shares(counts_TMR: np.ndarray, table_TMR: np.ndarray) -> dict[str, Any]:
     """Shares of target tokens and of loss weight, by modality and by task."""
     weights_TMR = counts_TMR * table_TMR
+
+    def share(part: np.ndarray, whole: np.ndarray) -> float:
+        return float(np.sum(part)) / max(float(np.sum(whole)), 1e-9)
+
     return {
         kind: {
-            "modality": {m.label: float(table[:, m].sum() / max(table.sum(), 1e-9)) for m in Modality},
-            "task": {t.label: float(table[t].sum() / max(table.sum(), 1e-9)) for t in Task if counts_TMR[t].any()},
+            "modality": {m.label: share(table[:, m], table) for m in Modality},
+            "task": {t.label: share(table[t], table) for t in Task if counts_TMR[t].any()},
         }
         for kind, table in (("token_share", counts_TMR), ("weight_share", weights_TMR))
     }

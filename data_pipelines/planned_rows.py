@@ -285,7 +285,7 @@ def _cursors(described: Mapping[str, Any]) -> dict[str, Cursor]:
 
 
 def _check_lengths(dataset: TokenDataset, row_length: int) -> None:
-    longest = int(dataset.lengths_N.argmax())
+    longest = int(np.argmax(dataset.lengths_N))
     num_tokens = int(dataset.lengths_N[longest])
     if num_tokens > row_length + 1:
         num_long = int((dataset.lengths_N > row_length + 1).sum())

@@ -420,7 +420,7 @@ def _evaluate_speech(args: argparse.Namespace) -> dict[str, Any]:
 
 def _code_use(codes: Iterable[Any], num_codes: int) -> dict[str, Any]:
     counts = np.bincount(np.concatenate([np.asarray(c, np.int64).reshape(-1) for c in codes]), minlength=num_codes)
-    share = counts[counts > 0] / max(1, counts.sum())
+    share = counts[counts > 0] / max(1, int(counts.sum()))
     return {
         "codes": num_codes,
         "codes_used": int((counts > 0).sum()),

@@ -146,7 +146,7 @@ class SpeechJudge:
     def _features(self, waveform_T: np.ndarray) -> np.ndarray:
         mel_TM = log_mel(waveform_T, self._rate)
         loud = mel_TM.mean(1)
-        speech = np.flatnonzero(loud > loud.max() - 5.0)
+        speech = np.flatnonzero(loud > np.max(loud) - 5.0)
         mel_TM = mel_TM[speech[0] : speech[-1] + 1]
         mel_TM = mel_TM - mel_TM.mean()
         return np.concatenate([_pooled(mel_TM, 20), [np.log(len(mel_TM))]])

@@ -132,7 +132,7 @@ class LocalTier:
             rows = np.asarray(multihost_utils.process_allgather(mine.astype(np.int32))).reshape(-1, KEEP + 1)
         common = set.intersection(*({int(step) for step in row[:KEEP] if step >= 0} for row in rows))
         best = max(common, default=-1)
-        return best if best > rows[:, KEEP].max() else None
+        return best if best > np.max(rows[:, KEEP]) else None
 
     def _read(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         arrays: dict[str, jax.Array] = {}
