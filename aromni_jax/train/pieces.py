@@ -5,8 +5,8 @@ virtual machine, whose host may first have to find it too, this was most of the 
 (configs/LOG.md). Nobody reads a checkpoint back soon, so each piece leaves memory once it is on disk, and the next one
 takes its place.
 
-An accelerator's pieces are larger. Without them the whole state goes to the host at once, through page-locked memory of
-its own size, and what the loop fetches of each step stands in line behind it: 13 GB held up one H200 for 7 seconds.
+An accelerator's pieces are larger. Without them the whole state goes to the host at once: 13 GB held up one H200 for 7
+seconds, probably because what the loop fetches of each step stood in line behind it.
 
 Where the processors are the devices, most of the work of saving a small state is Orbax's Python, about a millisecond an
 array, and even threads of the lowest priority take time from a step whose threads wait for each other. So there the
