@@ -21,6 +21,7 @@ from typing import Any
 
 from launch.bench_sides import Process, ask, available_cores, has_peer, started, versions
 from launch.flags import load_config
+from launch.host_memory import computes_on_cpu
 
 DEFAULT_CONFIG = "configs/pretrain.py:100m"
 PEER_NAME = "transformers.ChameleonForConditionalGeneration.generate, greedy, its cache"
@@ -71,7 +72,7 @@ def _model(args: argparse.Namespace) -> Any:
     """The model of a config, in float32 on a CPU: half precision is slower there, for both sides."""
     model = load_config(args).model
     fields = {"size": model} if isinstance(model, str) else model.to_dict()
-    if os.environ.get("JAX_PLATFORMS", "").lower() == "cpu":
+    if computes_on_cpu():
         fields["dtype"] = "float32"
     return fields
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from pathlib import Path
+
+_ACCELERATORS = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd", "dxg")
+"""What Linux calls TPUs (two ways), GPUs of NVIDIA and AMD, and GPUs under Windows."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
@@ -26,7 +30,16 @@ def keep_freed_memory() -> None:
     libc.mallopt(_M_ARENA_MAX, 1)
 
 
+def computes_on_cpu(devices: Path = Path("/dev")) -> bool:
+    """Whether jax will compute on the CPU, asked before it starts: the user says so, or says nothing and no device of
+    this machine is an accelerator."""
+    chosen = os.environ.get("JAX_PLATFORMS", "").lower()
+    if chosen:
+        return chosen == "cpu"
+    return not any(found for pattern in _ACCELERATORS for found in devices.glob(pattern))
+
+
 def keep_freed_memory_on_cpu() -> None:
-    """`keep_freed_memory` where the user has said that jax is to compute on the CPU."""
-    if os.environ.get("JAX_PLATFORMS", "").lower() == "cpu":
+    """`keep_freed_memory` where jax will compute on the CPU."""
+    if computes_on_cpu():
         keep_freed_memory()

@@ -251,6 +251,9 @@ def _blocked_backward(saved: tuple[Any, ...], d_out_BNLH: jax.Array) -> tuple[ja
     q_BNLH, k_BNSH, v_BNSH, places, out_BNLH, log_z_BNL1 = saved
     length, scale, dtype = k_BNSH.shape[2], q_BNLH.shape[-1] ** -0.5, q_BNLH.dtype
     inner_BNL1 = jnp.sum(out_BNLH.astype(jnp.float32) * d_out_BNLH.astype(jnp.float32), axis=-1, keepdims=True)
+    # Sums over queries are taken as [H, L] by [L, S]: on CPU an operand that has to be turned around is slow, and what
+    # is turned here is small.
+    q_BNHL, d_out_BNHL = q_BNLH.swapaxes(2, 3), d_out_BNLH.swapaxes(2, 3)
     d_q = []
     d_k_BNHS = d_v_BNHS = jnp.zeros((*k_BNSH.shape[:2], k_BNSH.shape[3], length), jnp.float32)
     for start, stop, num_keys in _blocks(q_BNLH.shape[2], length):
@@ -260,10 +263,11 @@ def _blocked_backward(saved: tuple[Any, ...], d_out_BNLH: jax.Array) -> tuple[ja
         d_weights = jnp.einsum("BNLH,BNSH->BNLS", d_out, v_BNSH[:, :, :num_keys], preferred_element_type=jnp.float32)
         d_scores = (weights_BNLS * (d_weights - inner_BNL1[:, :, start:stop]) * scale).astype(dtype)
         d_q.append(jnp.einsum("BNLS,BNSH->BNLH", d_scores, k_BNSH[:, :, :num_keys]))
-        # Summed as [H, S]: the big operand is then never transposed, which is slow on CPU.
-        d_k = jnp.einsum("BNLH,BNLS->BNHS", q_BNLH[:, :, start:stop], d_scores, preferred_element_type=jnp.float32)
-        d_v = jnp.einsum("BNLH,BNLS->BNHS", d_out, weights_BNLS.astype(dtype), preferred_element_type=jnp.float32)
-        d_k_BNHS, d_v_BNHS = _add_to_first(d_k_BNHS, d_k), _add_to_first(d_v_BNHS, d_v)
+        of_keys, of_values = (
+            jnp.einsum("BNHL,BNLS->BNHS", x_BNHL[..., start:stop], x_BNLS, preferred_element_type=jnp.float32)
+            for x_BNHL, x_BNLS in ((q_BNHL, d_scores), (d_out_BNHL, weights_BNLS.astype(dtype)))
+        )
+        d_k_BNHS, d_v_BNHS = _add_to_first(d_k_BNHS, of_keys), _add_to_first(d_v_BNHS, of_values)
     d_k_BNSH, d_v_BNSH = (x.swapaxes(2, 3).astype(dtype) for x in (d_k_BNHS, d_v_BNHS))
     return jnp.concatenate(d_q, axis=2), d_k_BNSH, d_v_BNSH, None
 

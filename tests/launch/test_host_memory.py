@@ -6,9 +6,11 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from launch.host_memory import computes_on_cpu
 from tests.fixtures.source_tree import ROOT
 
 PROGRAM = """
@@ -38,3 +40,24 @@ def page_faults(how: str) -> int:
 def test_temporaries_are_used_again():
     kept, plain = page_faults("keep"), page_faults("plain")
     assert kept < plain / 5, (kept, plain)
+
+
+@pytest.mark.parametrize(
+    "name", ["accel0", "vfio/0", "vfio/12", "nvidia0", "kfd", "dxg", "null", "vfio/vfio", "nvidia-caps", "nvidiactl"]
+)
+def test_without_a_word_the_devices_of_the_machine_decide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    assert computes_on_cpu(tmp_path) == (name in ("null", "vfio/vfio", "nvidia-caps", "nvidiactl"))
+
+
+@pytest.mark.parametrize(("chosen", "is_cpu"), [("cpu", True), ("CPU", True), ("tpu", False), ("cuda,cpu", False)])
+def test_who_names_a_platform_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, is_cpu: bool
+) -> None:
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setenv("JAX_PLATFORMS", chosen)
+    assert computes_on_cpu(tmp_path) == is_cpu
