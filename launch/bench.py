@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=int, action="append", metavar="N", help="decode: answers at a time (default: 1; repeatable)"
     )
+    parser.add_argument(
+        "--keep_peer_memory", action="store_true", help="train: on CPUs the other side, too, keeps what it frees"
+    )
     parser.add_argument("--no_peer", action="store_true", help="train, decode: leave out the other side")
     parser.add_argument("--weights", choices=WEIGHTS, help="decode: type of our weights (default: of the model)")
     add_config_argument(parser, default="")

@@ -23,7 +23,8 @@ from aromni_jax.train.state import init_state
 from aromni_jax.train.step import loss_and_gradients, make_learning_rate, make_train_step
 from aromni_jax.vocab import JointVocab
 
-_REPEATS = 3
+_REPEATS, _WARM_UP = 3, 2
+"""Calls of a part that are timed, and those before them."""
 
 
 class _EveryRow(JointVocab):
@@ -151,11 +152,11 @@ class Trainer:
 
     def _timed(self, call: Callable[[], Any]) -> list[float]:
         times = []
-        for _ in range(_REPEATS + 1):
+        for _ in range(_WARM_UP + _REPEATS):
             start = time.perf_counter()
             call()
             times.append(time.perf_counter() - start)
-        return times[1:]  # The first is warm-up.
+        return times[_WARM_UP:]
 
 
 @jax.jit

@@ -3,6 +3,8 @@
 import os
 import signal
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAG = "--xla_force_host_platform_device_count=8"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
@@ -10,3 +12,12 @@ if _FLAG not in os.environ.get("XLA_FLAGS", ""):
 
 # A shell starts background jobs with SIGINT ignored, which children inherit: tests that interrupt would wait forever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def one_device_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a test have one device, as a user has; this one keeps its eight."""
+    import jax
+
+    jax.devices()  # Counted once, when jax first needs them.
+    monkeypatch.delenv("XLA_FLAGS", raising=False)

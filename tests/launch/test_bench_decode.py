@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import jax
 import pytest
 
 from launch import cli
@@ -14,9 +13,7 @@ FIXED = {"ours", "limit", "peer", "ratio_to_limit", "ratio_to_peer", "unit", "sh
 MODEL = {"num_layers": 2, "d_model": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 48}
 
 
-def test_random_weights_of_a_config(tmp_path, monkeypatch, capfd):
-    assert jax.device_count() == 8  # This process has taken its devices: the tests after this one want them.
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # One device, as a user has.
+def test_random_weights_of_a_config(tmp_path, one_device_elsewhere, capfd):
     path = tmp_path / "bench.json"
     assert cli.run("bench", ["decode", "--repeats=1", f"--config.model={MODEL}", f"--json={path}"]) == 0
     results = json.loads(path.read_text())
@@ -34,8 +31,7 @@ def test_random_weights_of_a_config(tmp_path, monkeypatch, capfd):
     assert "bound by memory" in capfd.readouterr().out
 
 
-def test_int8_weights_are_a_quarter_of_float32_to_read(tmp_path, monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
+def test_int8_weights_are_a_quarter_of_float32_to_read(tmp_path, one_device_elsewhere):
     path = tmp_path / "bench.json"
     words = ["decode", "--repeats=1", f"--config.model={MODEL}", "--weights=int8", f"--json={path}"]
     assert cli.run("bench", words) == 0

@@ -38,8 +38,7 @@ def test_the_part_that_loses_most_is_named():
     assert judged["attention"]["share_of_peak"] == 0.5 and judged["update"]["share_of_peak"] is None
 
 
-def test_both_sides_train_to_the_same_losses(tmp_path, monkeypatch, capfd):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # One device, as a user has.
+def test_both_sides_train_to_the_same_losses(tmp_path, one_device_elsewhere, capfd):
     data = make_dataset(tmp_path)
     path = tmp_path / "bench.json"
     overrides = ["--config.sequence_length=256", "--config.global_batch_size=4", f"--config.model={MODEL}"]
@@ -56,7 +55,17 @@ def test_both_sides_train_to_the_same_losses(tmp_path, monkeypatch, capfd):
         assert result["ratio_to_limit"] == pytest.approx(result["ours"] / result["limit"])
     assert set(dense["parts"]) == {"attention", "loss", "layers", "update"} and dense["bound_by"] in dense["parts"]
     printed = capfd.readouterr().out
-    assert "losses of the first two steps" in printed and "padded only to the longer of each 2" in printed
+    assert "losses of the first 3 steps" in printed and "padded only to the longer of each 2" in printed
+
+
+def test_a_peer_that_keeps_memory_trains_the_same(tmp_path, one_device_elsewhere):
+    path = tmp_path / "bench.json"
+    overrides = ["--config.sequence_length=128", "--config.global_batch_size=2", f"--config.model={MODEL}"]
+    flags = ["--case=dense", "--repeats=1", "--keep_peer_memory", f"--data={make_dataset(tmp_path)}", f"--json={path}"]
+    assert cli.run("bench", ["train", *flags, *overrides]) == 0
+    dense = json.loads(path.read_text())["dense"]
+    assert dense["largest_loss_difference"] < 1e-4
+    assert dense["peer_name"].endswith("which keeps freed memory")
 
 
 def test_more_cores_than_there_are(capsys):
