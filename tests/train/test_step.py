@@ -11,20 +11,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from aromni_jax import optim, partitioning
-from aromni_jax.config import (
-    CheckpointConfig,
-    DataConfig,
-    LossConfig,
-    MeshConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from aromni_jax.config import MeshConfig, TrainConfig
 from aromni_jax.models.config import resolve_model
 from aromni_jax.models.decoder import Decoder
 from aromni_jax.structs import Modality, PackedBatch, Task
 from aromni_jax.train.state import _boxed_state, abstract_state, init_state
 from aromni_jax.train.step import loss_and_gradients, make_eval_step, make_train_step
 from aromni_jax.vocab import JointVocab
+from tests.fixtures.toy_run import config_of
 
 VOCAB = JointVocab.build(text_size=100, image_codes=32, tokens_per_image=8, speech_codes=(16,))
 LENGTH = 32
@@ -33,23 +27,10 @@ ONE_DEVICE = MeshConfig(1, 1, 1, 1)
 
 
 def train_config(**changes) -> TrainConfig:
-    base = dict(
-        seed=0,
-        model="debug",
-        total_steps=100,
-        global_batch_size=ROWS,
-        sequence_length=LENGTH,
-        gradient_accumulation_steps=1,
-        optimizer=OptimizerConfig("adamw", 1e-2, "constant", 0, 1.0, 0.9, 0.95, 1e-8, 0.1, 1.0, ema_decay=0.9),
-        mesh=MeshConfig(1, 1, 1, 1),
-        checkpoint=CheckpointConfig(10, 1, 0, True),
-        loss=LossConfig("uniform", 1.0, "predict", 1e-4, 32),
-        data=DataConfig("synthetic", "examples", 0, 1),
-        init_from="",
-        log_every_steps=1,
-        eval_every_steps=10,
-    )
-    return TrainConfig(**(base | changes))
+    """Of `random_batch`, with averaged weights."""
+    config = config_of(total_steps=100, global_batch_size=ROWS, sequence_length=LENGTH)
+    averaged = dataclasses.replace(config.optimizer, ema_decay=0.9)
+    return dataclasses.replace(config, **({"optimizer": averaged} | changes))
 
 
 def model_config(**changes):
