@@ -40,11 +40,11 @@ MICRO_BATCH = 2
 PEER_NAME = "transformers.ChameleonForConditionalGeneration(swin_norm=True) in torch, AdamW"
 _BATCHES = ("dense", "packed")
 _WARM_UP = 3
-"""Steps of a side before it is timed: the first compiles, the second may still ask the system for memory."""
+"""Steps of a side before it is timed: the first compiles, and all may still ask the system for memory."""
 PADDINGS = {"packed": 16, "micro_batch_padding": MICRO_BATCH}
 """Question to the peer -> among how many documents the longest is sought."""
-PEERS = {False: "peer", True: "peer_that_keeps_memory"}
-"""Whether the peer keeps the memory that it frees -> what that side is called."""
+KEEPING_PEER = "peer_that_keeps_memory"
+"""What `launch.bench_train_side` calls a peer that keeps the memory it frees."""
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -70,13 +70,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         described = ask(ours, "describe")
         print(f"{described['device']}, {len(cores)} of {os.cpu_count()} cores; {described['parameters']:,} parameters")
         sides = {"ours": ours}
+        keeps = args.keep_peer_memory and described["platform"] == "cpu"
         if is_beside_peer:
-            arguments = [PEERS[args.keep_peer_memory], folder, on_cores, described["platform"]]
+            arguments = [KEEPING_PEER if keeps else "peer", folder, on_cores, described["platform"]]
             _tell("the peer reads our weights")
             sides["peer"] = stack.enter_context(started("launch.bench_train_side", arguments))
         libraries = versions("jax", *(("torch", "transformers") if is_beside_peer else ()))
         device = f"{described['device']}, {len(cores)} of {os.cpu_count()} cores; {libraries}"
-        peer_name = PEER_NAME + (", which keeps freed memory" if args.keep_peer_memory else "")
+        peer_name = PEER_NAME + (", which keeps freed memory" if keeps else "")
         common = {"device": device, "peer_name": peer_name if is_beside_peer else None, "repeats": args.repeats}
         results = {}
         for name in names:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from launch.bench_sides import answer_questions
-from launch.bench_train import MICRO_BATCH, PADDINGS, PEERS
+from launch.bench_train import KEEPING_PEER, MICRO_BATCH, PADDINGS
 from launch.host_memory import keep_freed_memory, keep_freed_memory_on_cpu
 
 WEIGHTS = "weights"
@@ -36,7 +36,7 @@ def main() -> None:
     directory = Path(folder)
     # Before any library starts its threads: they count the cores they see.
     os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
-    if side == PEERS[True]:
+    if side == KEEPING_PEER:
         keep_freed_memory()
     batches = {name: dict(np.load(directory / f"{name}.npz")) for name in ("dense", "packed")}
     answer_questions(_ours(directory, batches) if side == "ours" else _peer(directory, batches, platform[0]))
