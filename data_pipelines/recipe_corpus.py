@@ -16,7 +16,7 @@ import numpy as np
 
 from aromni_jax.structs import Modality, Role, Task
 from aromni_jax.vocab import JointVocab
-from data_pipelines.records import StoredExample, finalize, write_shard
+from data_pipelines.records import VOCAB_FILE, StoredExample, finalize, write_shard
 
 SHARES = {Task.TEXT: 0.5, Task.TEXT_TO_IMAGE: 1.0, Task.SPEECH_TO_TEXT: 2.0}
 """Task -> its share of documents, the recipe's text : image : speech."""
@@ -38,9 +38,12 @@ def recipe_lengths(num_documents: int, seed: int = 0) -> tuple[np.ndarray, np.nd
 
 
 def write_recipe_corpus(directory: pathlib.Path, num_documents: int, seed: int = 0) -> None:
-    """A finished data set of `num_documents` such documents under the released vocabulary."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """A finished data set of `num_documents` such documents under the released vocabulary, whose tokenizers are that
+    vocabulary and nothing else: there is nothing that they could decode."""
     vocab = JointVocab.released()
+    tokenizers = directory / "tokenizers"
+    tokenizers.mkdir(parents=True, exist_ok=True)
+    (tokenizers / VOCAB_FILE).write_text(vocab.to_json(), encoding="utf-8")
     lengths_N, tasks_N = recipe_lengths(num_documents, seed)
     starts = range(0, num_documents, RECORDS_PER_SHARD)
     run = hashlib.sha256(f"recipe {num_documents} {seed}".encode()).hexdigest()[:16]

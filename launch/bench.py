@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--case", action="append", help="train: only dense, or only packed; checkpoint: only quickstart, or only 100m"
     )
-    parser.add_argument("--data", default="", metavar="DIR", help="train, data: what to read (default: one is made)")
+    parser.add_argument(
+        "--data", default="", metavar="DIR", help="train, data: what to read (default: one is made; data: made there)"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
     parser.add_argument("--model", default="", metavar="DIR", help="decode: an export (default: random weights)")
     parser.add_argument(

@@ -29,6 +29,8 @@ PEER_NAME = f"grain.experimental.FirstFitPackIterDataset, {_GRAIN_BINS} bins"
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Prints the figures; returns {"data": them} under the keys of `aromni bench --json`.
 
+    A folder that `--data` names and that does not exist is made, and stays: `aromni train` reads it, too.
+
     Raises:
       ValueError: `--data` names no finished data set, or one whose records are longer than a row.
     """
@@ -39,9 +41,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             directory = Path(args.data)
         else:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "recipe"
+        if not directory.exists():
             from data_pipelines.recipe_corpus import write_recipe_corpus
 
-            print(f"writing {_DOCUMENTS:,} documents with the lengths of the recipe", flush=True)
+            print(f"writing {_DOCUMENTS:,} documents with the lengths of the recipe to {directory}", flush=True)
             write_recipe_corpus(directory, _DOCUMENTS)
         return {"data": _measured(directory, args.repeats) | {"device": device}}
 

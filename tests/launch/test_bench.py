@@ -7,8 +7,12 @@ import json
 import numpy as np
 import pytest
 
+from aromni_jax.config import TrainConfig, from_mapping
 from aromni_jax.peers.wavtokenizer import SMALL, WavTokenizerTorch
+from aromni_jax.vocab import JointVocab
+from configs.bench import get_config as bench_config
 from launch import bench_checkpoint, bench_tokenizer, cli
+from launch.training_data import open_data
 
 
 def test_sides_take_turns_and_the_table_has_the_fixed_keys(tmp_path, monkeypatch, capsys):
@@ -64,14 +68,22 @@ def test_data_beside_grains_packer(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("launch.bench_data._DOCUMENTS", 1500)
     monkeypatch.setattr("launch.bench_data._PLANNED_DOCUMENTS", 3000)
     monkeypatch.setattr("launch.bench_data._BATCHES_A_TURN", 2)
-    path = tmp_path / "bench.json"
-    assert cli.run("bench", ["data", "--repeats=2", f"--json={path}"]) == 0
+    path, corpus = tmp_path / "bench.json", tmp_path / "recipe"
+    assert cli.run("bench", ["data", "--repeats=2", f"--json={path}", f"--data={corpus}"]) == 0
     result = json.loads(path.read_text())["data"]
     fixed = {"ours", "limit", "peer", "ratio_to_limit", "ratio_to_peer", "unit", "shape", "device", "peer_name"}
     assert fixed <= result.keys()
     assert result["ratio_to_peer"] == pytest.approx(result["ours"] / result["peer"])
     assert 1.5 < result["bytes_per_token"] < 3 and result["fill"] > result["fill_peer"] > 0.9
     assert "M documents per CPU second" in capsys.readouterr().out
+
+    config = bench_config()
+    with config.ignore_type():
+        config.data.mixture = {"recipe": {"path": str(corpus)}}
+    config.loss.perceptual_weight = 0.0
+    data = open_data(from_mapping(TrainConfig, config), np.arange(1))
+    assert data.vocab == JointVocab.released()
+    assert next(data.batches).inputs_BL.shape == (1, config.sequence_length)
 
 
 def test_checkpoints_beside_the_disk_and_torch(tmp_path, monkeypatch, capsys):
