@@ -45,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--case", action="append", help="train: only dense, or only packed; checkpoint: only quickstart, or only 100m"
     )
     parser.add_argument(
-        "--data", default="", metavar="DIR", help="train, data: what to read (default: one is made; data: made there)"
+        "--data",
+        default="",
+        metavar="DIR",
+        help="train, data: what to read (default: one is made); data makes it where DIR does not exist",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
     parser.add_argument("--model", default="", metavar="DIR", help="decode: an export (default: random weights)")
