@@ -13,6 +13,7 @@ from aromni_jax import optim, partitioning
 from aromni_jax.config import OptimizerConfig
 from aromni_jax.models.config import resolve_model
 from aromni_jax.models.decoder import Decoder
+from tests.fixtures.small_models import random_params
 
 CONFIG = OptimizerConfig("adamw", 1.0, "cosine", 10, 0.1, 0.9, 0.95, 1e-8, 0.1, 1.0)
 
@@ -35,7 +36,6 @@ def test_schedule_that_does_not_fit_is_refused():
 
 
 def test_decay_mask_covers_the_model_and_refuses_the_unknown():
-    ids = jnp.zeros((1, 2), jnp.int32)
     boxed = jax.eval_shape(Decoder(resolve_model("debug", 32, 8)).init, jax.random.PRNGKey(0), ids, ids, ids)["params"]
     mask = optim.decay_mask(boxed)
     leaves = jax.tree_util.tree_leaves_with_path(mask)
@@ -56,13 +56,8 @@ def test_clipping():
 
 
 def test_muon_orthogonalises_the_layers_and_leaves_the_rest_to_adam():
-    ids = jnp.zeros((1, 2), jnp.int32)
     model = resolve_model("debug", 32, 8)
-    params = partitioning.unbox(Decoder(model).init(jax.random.PRNGKey(0), ids, ids, ids)["params"])
-    keys = jax.random.split(jax.random.PRNGKey(1), len(jax.tree.leaves(params)))
-    gradients = jax.tree.map(
-        lambda p, k: jax.random.normal(k, p.shape), params, jax.tree.unflatten(jax.tree.structure(params), list(keys))
-    )
+    params, gradients = (jax.tree.map(jnp.asarray, random_params(model, seed)) for seed in (0, 1))
     config = dataclasses.replace(CONFIG, weight_decay=0.0)
     directions = {}
     for name in ("muon", "adamw"):

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,13 +18,12 @@ from aromni_jax.inference.policy import DecodingConfig, Mode, policy_for
 from aromni_jax.inference.sampling import row_keys
 from aromni_jax.inference.streaming import made_since, stream_tokens
 from aromni_jax.models.config import ModelConfig
-from aromni_jax.models.decoder import Decoder
-from aromni_jax.partitioning import unbox
 from aromni_jax.structs import Image, Message, Speech, Task, Text
 from aromni_jax.tokenizers import joint
 from aromni_jax.tokenizers.prompts import load_templates
 from aromni_jax.tokenizers.text import ByteText
 from aromni_jax.vocab import JointVocab
+from tests.fixtures.small_models import random_params
 from tests.inference.answers import check
 
 VOCAB = JointVocab.build(text_size=256, image_codes=24, tokens_per_image=4, speech_codes=(20, 20))
@@ -55,16 +53,9 @@ def config_of(num_layers: int) -> ModelConfig:
     )
 
 
-def stacked_of(config: ModelConfig):
-    ids = jnp.zeros((1, 4), jnp.int32)
-    params = unbox(jax.jit(Decoder(config).init)(jax.random.key(0, impl="rbg"), ids, ids, ids)["params"])
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: np.asarray(x) + 0.3 * rng.normal(size=x.shape).astype(np.float32), params)
-
-
 @pytest.fixture(scope="module")
 def model() -> OmniModel:
-    return OmniModel.of(config_of(2), stacked_of(config_of(2)), VOCAB)
+    return OmniModel.of(config_of(2), random_params(config_of(2)), VOCAB)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +139,7 @@ def test_the_first_answer_is_the_answer_of_a_stream(model, grammar):
 def test_what_is_kept_moves_up(grammar, num_layers):
     """Keys are the old ones, turned; of one layer, which knows nothing of its past, also those of a fresh reading."""
     config = config_of(num_layers)
-    model = OmniModel.of(config, stacked_of(config), VOCAB)
+    model = OmniModel.of(config, random_params(config), VOCAB)
     rng = np.random.default_rng(3)
     tokens_L = rng.integers(VOCAB.text.start, VOCAB.text.stop, 60).astype(np.int32)
     start, count = 1, 23
@@ -179,7 +170,7 @@ def test_what_is_kept_moves_up(grammar, num_layers):
 
 
 def test_a_dialogue_of_one_layer_is_after_evictions_that_of_the_kept_turns(grammar):
-    model = OmniModel.of(config_of(1), stacked_of(config_of(1)), VOCAB)
+    model = OmniModel.of(config_of(1), random_params(config_of(1)), VOCAB)
     conversation = started(model, grammar, budget=160)
     evictions = 0
     for parts in itertools.islice(questions(5), 30):

@@ -15,9 +15,9 @@ from aromni_jax.inference.grammar import compile_grammar
 from aromni_jax.inference.policy import DecodingConfig, Mode, policy_for
 from aromni_jax.models.config import ModelConfig
 from aromni_jax.models.decoder import Decoder
-from aromni_jax.partitioning import unbox
 from aromni_jax.structs import Example, Task
 from aromni_jax.vocab import JointVocab
+from tests.fixtures.small_models import random_params
 
 VOCAB = JointVocab.build(text_size=60, image_codes=24, tokens_per_image=4, speech_codes=(20,))
 
@@ -30,11 +30,7 @@ CONFIG = ModelConfig(
 @pytest.fixture(scope="module")
 def stacked() -> Any:
     """Parameters as training has them, as arrays of numpy."""
-    ids = jnp.zeros((1, 4), jnp.int32)
-    params = unbox(jax.jit(Decoder(CONFIG).init)(jax.random.key(0, impl="rbg"), ids, ids, ids)["params"])
-    rng = np.random.default_rng(1)
-    # Fresh norms are all ones and the head is small: perturbed, greedy choices are far from ties.
-    return jax.tree.map(lambda x: np.asarray(x) + 0.3 * rng.normal(size=x.shape).astype(np.float32), params)
+    return random_params(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +77,8 @@ def test_cached_greedy_decoding_equals_full_forward(stacked, model, grammar):
             legal_C = np.asarray(tables.legal_SC[state] & (tables.cost_SC[state] <= 24 - step - 1))
             legal_V = legal_C[np.asarray(tables.class_V)]
             best = int(np.where(legal_V, logits_LV[len(prompt.tokens_L) + step - 1], -np.inf).argmax())
-            assert token == best, f"row {prompt.key}, step {step}"
+            is_sampled = tables.temperature_S[state] > 0  # What follows an answer in speech is text.
+            assert token == best or is_sampled, f"row {prompt.key}, step {step}"
             state = int(tables.next_SC[state, tables.class_V[token]])
         assert tables.done_S[state]
 

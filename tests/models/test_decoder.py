@@ -14,16 +14,13 @@ from aromni_jax.config import MeshConfig
 from aromni_jax.models import config as sizes
 from aromni_jax.models.decoder import Decoder
 from aromni_jax.models.kv_cache import KVCache
+from tests.fixtures.small_models import random_params
 
 
 def build(**changes):
     config = dataclasses.replace(sizes.resolve_model("debug", 50, 8), **changes)
-    ids = jnp.zeros((1, 2), jnp.int32)
-    params = partitioning.unbox(jax.jit(Decoder(config).init)(jax.random.key(0, impl="rbg"), ids, ids, ids))["params"]
-    # Norms start at 1 and 0: move them, or a misplaced one goes unseen.
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype), params)
-    return config, Decoder(config), params
+    params = random_params(dataclasses.replace(config, qk_norm=True))  # Without, their gains are left alone.
+    return config, Decoder(config), jax.tree.map(jnp.asarray, params)
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm_position": "pre", "num_kv_heads": 4}, {"qk_norm": False}])

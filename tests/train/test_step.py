@@ -18,6 +18,7 @@ from aromni_jax.structs import Modality, PackedBatch, Task
 from aromni_jax.train.state import _boxed_state, abstract_state, init_state
 from aromni_jax.train.step import loss_and_gradients, make_eval_step, make_train_step
 from aromni_jax.vocab import JointVocab
+from tests.fixtures.small_models import random_params
 from tests.fixtures.toy_run import config_of
 
 VOCAB = JointVocab.build(text_size=100, image_codes=32, tokens_per_image=8, speech_codes=(16,))
@@ -66,9 +67,13 @@ def gradients_of(batch, *, accumulation=1, mesh_config=ONE_DEVICE, num_devices=1
     train = train_config(gradient_accumulation_steps=accumulation)
     model = model or model_config()
     mesh = partitioning.make_mesh(mesh_config, jax.devices()[:num_devices])
-    state = init_state(model, train, mesh, frozen())
+    abstract = abstract_state(model, train, mesh, frozen())
+    params, fixed = (
+        jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), values, likes)
+        for values, likes in ((random_params(model), abstract.params), (frozen(), abstract.frozen))
+    )
     run = jax.jit(partitioning.on_mesh(lambda p, f, b: loss_and_gradients(model, train, VOCAB, p, f, b), mesh))
-    return jax.device_get(run(state.params, state.frozen, partitioning.put_batch(batch, mesh)))
+    return jax.device_get(run(params, fixed, partitioning.put_batch(batch, mesh)))
 
 
 def assert_same(left, right, tolerance=1e-5):
@@ -122,7 +127,7 @@ def test_documents_of_a_row_do_not_see_each_other():
     model = model_config()
     decoder = Decoder(model)
     rng = np.random.default_rng(3)
-    params = partitioning.unbox(decoder.init(jax.random.PRNGKey(0), *[jnp.zeros((1, 4), jnp.int32)] * 3))["params"]
+    params = jax.tree.map(jnp.asarray, random_params(model))
     lengths = (9, 14)
     documents = [rng.integers(0, VOCAB.size, (1, length)) for length in lengths]
     probes = [rng.normal(size=(1, length, model.d_model)).astype(np.float32) for length in lengths]
