@@ -21,9 +21,14 @@ _CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 MASKED = -1e30
 """Score of a forbidden pair: finite, so that a row without any allowed key stays a number."""
 
-BLOCK_LENGTH = 128
+SHORT_ROW = 128
+"""Rows up to this long are not worth blocks."""
+
+QUERIES_LENGTH = 512
 MAX_BLOCKS = 8
-"""Blocked attention takes blocks of at least 128 queries and at most 8 of them (each is compiled on its own)."""
+KEYS_LENGTH = 256
+"""Blocked attention takes at least 512 queries at a time, at most 8 blocks of them (each is compiled on its own), and
+256 keys: what two CPU cores are fastest with. Scores of 8 heads of one row are 4 MiB, and stay in the cache."""
 
 _SPLASH_LANES = 128
 _SPLASH_BLOCK_LENGTH = 512
@@ -186,9 +191,10 @@ def blocked_attention(
     queries_BL: jax.Array,
     keys_BS: jax.Array,
 ) -> jax.Array:
-    """Scores of one block of queries at a time, computed again in the backward pass. Returns [B, L, N, H].
+    """Scores of one block of queries with one of keys at a time, computed again in the backward pass: [B, L, N, H].
 
-    `indices_L` are the places of the queries in their row. When they are the whole row, keys after a block are skipped.
+    `indices_L` are the places of the queries in their row. Blocks of keys after the last query of a block are skipped,
+    and those before the first document of it.
     """
     groups = q_BLNH.shape[2] // k_BSKH.shape[2]
     k_BSNH, v_BSNH = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k_BSKH, v_BSKH))
@@ -200,24 +206,48 @@ _Places = tuple[jax.Array, jax.Array, jax.Array]
 """(places of the queries in the row [L], their segments [B, L], segments of the keys [B, S])."""
 
 
-def _blocks(num_queries: int, num_keys: int) -> list[tuple[int, int, int]]:
-    """(first query, end of queries, end of the keys that they may see) of every block."""
-    size = max(BLOCK_LENGTH, -(-num_queries // MAX_BLOCKS))
-    ends = [(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
-    return [(start, stop, stop if num_queries == num_keys else num_keys) for start, stop in ends]
+def _blocks(num_queries: int) -> list[slice]:
+    size = max(QUERIES_LENGTH, -(-num_queries // MAX_BLOCKS))
+    return [slice(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
 
 
-def _block_scores(
-    q_BNLH: jax.Array, k_BNSH: jax.Array, places: _Places, start: int, stop: int, num_keys: int
-) -> jax.Array:
-    """Scores of queries start..stop-1 with keys 0..num_keys-1, masked, float32."""
+def _places_of(block: slice, places: _Places) -> _Places:
     indices_L, queries_BL, keys_BS = places
-    scores_BNLS = jnp.einsum(
-        "BNLH,BNSH->BNLS", q_BNLH[:, :, start:stop], k_BNSH[:, :, :num_keys], preferred_element_type=jnp.float32
-    )
-    causal_LS = indices_L[start:stop, None] >= jnp.arange(num_keys)
-    mask_BLS = causal_LS & same_segment(queries_BL[:, start:stop], keys_BS[:, :num_keys])
-    return jnp.where(mask_BLS[:, None], scores_BNLS * q_BNLH.shape[-1] ** -0.5, MASKED)
+    return indices_L[block], queries_BL[:, block], keys_BS
+
+
+def _block_of_keys(num_keys: int) -> int:
+    return min(KEYS_LENGTH, num_keys)
+
+
+def _keys_of(places: _Places) -> tuple[jax.Array, jax.Array]:
+    """(first, end) of the blocks of keys that a block of queries may see. A query sees itself: they are never none."""
+    indices_L, queries_BL, keys_BS = places
+    size = _block_of_keys(keys_BS.shape[1])
+    # Padding last, which puts the documents of a packed row in order. In any other order fewer blocks are skipped.
+    queries_BL, keys_BS = (jnp.where(x == 0, jnp.iinfo(x.dtype).max, x) for x in (queries_BL, keys_BS))
+    keys_BjS = jnp.pad(keys_BS, ((0, 0), (0, -keys_BS.shape[1] % size)), mode="edge").reshape(len(keys_BS), -1, size)
+    lowest_B1, highest_B1 = queries_BL.min(1, keepdims=True), queries_BL.max(1, keepdims=True)
+    is_seen_Bj = (keys_BjS.min(2) <= highest_B1) & (keys_BjS.max(2) >= lowest_B1)
+    return is_seen_Bj.any(0).argmax(), indices_L.max() // size + 1
+
+
+def _cut(number: jax.Array, x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """(one block of keys along `axis`, its first key). The last block of a row that does not divide begins earlier."""
+    size = _block_of_keys(x.shape[axis])
+    start = jnp.minimum(number * size, x.shape[axis] - size)
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis), start
+
+
+def _block_scores(q_BNLH: jax.Array, k_BNSH: jax.Array, places: _Places, number: jax.Array) -> jax.Array:
+    """Scores of a block of queries with one of keys, masked, float32. `places` are those of the block."""
+    indices_L, queries_BL, keys_BS = places
+    keys_BT, start = _cut(number, keys_BS, 1)
+    scores_BNLT = jnp.einsum("BNLH,BNTH->BNLT", q_BNLH, _cut(number, k_BNSH, 2)[0], preferred_element_type=jnp.float32)
+    indices_T = start + jnp.arange(keys_BT.shape[1])
+    is_here_T = indices_T >= number * keys_BT.shape[1]  # What two blocks share is the earlier one's.
+    mask_BLT = (indices_L[:, None] >= indices_T) & is_here_T & same_segment(queries_BL, keys_BT)
+    return jnp.where(mask_BLT[:, None], scores_BNLT * q_BNLH.shape[-1] ** -0.5, MASKED)
 
 
 @jax.custom_vjp
@@ -228,54 +258,75 @@ def _blocked(q_BNLH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, places: _P
 def _blocked_forward(
     q_BNLH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, places: _Places
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    outs, log_zs = [], []
-    for start, stop, num_keys in _blocks(q_BNLH.shape[2], k_BNSH.shape[2]):
-        scores_BNLS = _block_scores(q_BNLH, k_BNSH, places, start, stop, num_keys)
-        largest_BNL1 = scores_BNLS.max(axis=-1, keepdims=True)
-        weights_BNLS = jnp.exp(scores_BNLS - largest_BNL1)
-        z_BNL1 = weights_BNLS.sum(axis=-1, keepdims=True)
-        out_BNLH = jnp.einsum(
-            "BNLS,BNSH->BNLH",
-            weights_BNLS.astype(v_BNSH.dtype),
-            v_BNSH[:, :, :num_keys],
-            preferred_element_type=jnp.float32,
-        )
-        outs.append((out_BNLH / z_BNL1).astype(q_BNLH.dtype))
-        log_zs.append(largest_BNL1 + jnp.log(z_BNL1))
-    out_BNLH = checkpoint_name(jnp.concatenate(outs, axis=2), ATTENDED)
-    log_z_BNL1 = checkpoint_name(jnp.concatenate(log_zs, axis=2), ATTENDED)
+    blocks = [
+        _block_forward(q_BNLH[:, :, block], k_BNSH, v_BNSH, _places_of(block, places))
+        for block in _blocks(q_BNLH.shape[2])
+    ]
+    out_BNLH, log_z_BNL1 = (checkpoint_name(jnp.concatenate(parts, axis=2), ATTENDED) for parts in zip(*blocks))
     return out_BNLH, (q_BNLH, k_BNSH, v_BNSH, places, out_BNLH, log_z_BNL1)
+
+
+def _block_forward(
+    q_BNLH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, places: _Places
+) -> tuple[jax.Array, jax.Array]:
+    """(what a block of queries gets, logarithm of the sum of its powers)."""
+
+    def attend(number: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out_BNLH, largest_BNL1, z_BNL1 = so_far
+        scores_BNLT = _block_scores(q_BNLH, k_BNSH, places, number)
+        larger_BNL1 = jnp.maximum(largest_BNL1, scores_BNLT.max(axis=-1, keepdims=True))
+        weights_BNLT = jnp.exp(scores_BNLT - larger_BNL1)
+        v_BNTH = _cut(number, v_BNSH, 2)[0]
+        part_BNLH = jnp.einsum(
+            "BNLT,BNTH->BNLH", weights_BNLT.astype(v_BNTH.dtype), v_BNTH, preferred_element_type=jnp.float32
+        )
+        shrink_BNL1 = jnp.exp(largest_BNL1 - larger_BNL1)
+        z_BNL1 = z_BNL1 * shrink_BNL1 + weights_BNLT.sum(axis=-1, keepdims=True)
+        return out_BNLH * shrink_BNL1 + part_BNLH, larger_BNL1, z_BNL1
+
+    zeros_BNLH, zeros_BNL1 = jnp.zeros(q_BNLH.shape, jnp.float32), jnp.zeros((*q_BNLH.shape[:3], 1), jnp.float32)
+    start = (zeros_BNLH, zeros_BNL1 + MASKED, zeros_BNL1)
+    out_BNLH, largest_BNL1, z_BNL1 = jax.lax.fori_loop(*_keys_of(places), attend, start)
+    return (out_BNLH / z_BNL1).astype(q_BNLH.dtype), largest_BNL1 + jnp.log(z_BNL1)
 
 
 def _blocked_backward(saved: tuple[Any, ...], d_out_BNLH: jax.Array) -> tuple[jax.Array | None, ...]:
     q_BNLH, k_BNSH, v_BNSH, places, out_BNLH, log_z_BNL1 = saved
-    length, scale, dtype = k_BNSH.shape[2], q_BNLH.shape[-1] ** -0.5, q_BNLH.dtype
+    scale, dtype = q_BNLH.shape[-1] ** -0.5, q_BNLH.dtype
     inner_BNL1 = jnp.sum(out_BNLH.astype(jnp.float32) * d_out_BNLH.astype(jnp.float32), axis=-1, keepdims=True)
-    # Sums over queries are taken as [H, L] by [L, S]: on CPU an operand that has to be turned around is slow, and what
-    # is turned here is small.
-    q_BNHL, d_out_BNHL = q_BNLH.swapaxes(2, 3), d_out_BNLH.swapaxes(2, 3)
     d_q = []
-    d_k_BNHS = d_v_BNHS = jnp.zeros((*k_BNSH.shape[:2], k_BNSH.shape[3], length), jnp.float32)
-    for start, stop, num_keys in _blocks(q_BNLH.shape[2], length):
-        scores_BNLS = _block_scores(q_BNLH, k_BNSH, places, start, stop, num_keys)
-        weights_BNLS = jnp.exp(scores_BNLS - log_z_BNL1[:, :, start:stop])
-        d_out = d_out_BNLH[:, :, start:stop]
-        d_weights = jnp.einsum("BNLH,BNSH->BNLS", d_out, v_BNSH[:, :, :num_keys], preferred_element_type=jnp.float32)
-        d_scores = (weights_BNLS * (d_weights - inner_BNL1[:, :, start:stop]) * scale).astype(dtype)
-        d_q.append(jnp.einsum("BNLS,BNSH->BNLH", d_scores, k_BNSH[:, :, :num_keys]))
-        of_keys, of_values = (
-            jnp.einsum("BNHL,BNLS->BNHS", x_BNHL[..., start:stop], x_BNLS, preferred_element_type=jnp.float32)
-            for x_BNHL, x_BNLS in ((q_BNHL, d_scores), (d_out_BNHL, weights_BNLS.astype(dtype)))
-        )
-        d_k_BNHS, d_v_BNHS = _add_to_first(d_k_BNHS, of_keys), _add_to_first(d_v_BNHS, of_values)
+    d_k_BNHS = d_v_BNHS = jnp.zeros((*k_BNSH.shape[:2], k_BNSH.shape[3], k_BNSH.shape[2]), jnp.float32)
+    for block in _blocks(q_BNLH.shape[2]):
+        q, d_out, inner, log_z = (x[:, :, block] for x in (q_BNLH, d_out_BNLH, inner_BNL1, log_z_BNL1))
+        q_turned, d_out_turned = q.swapaxes(2, 3), d_out.swapaxes(2, 3)
+        here = _places_of(block, places)
+
+        def pull(number: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            d_q_BNLH, d_k_BNHS, d_v_BNHS = so_far
+            k_BNTH, v_BNTH = (_cut(number, x, 2)[0] for x in (k_BNSH, v_BNSH))
+            weights_BNLT = jnp.exp(_block_scores(q, k_BNSH, here, number) - log_z)
+            d_weights_BNLT = jnp.einsum("BNLH,BNTH->BNLT", d_out, v_BNTH, preferred_element_type=jnp.float32)
+            d_scores_BNLT = (weights_BNLT * (d_weights_BNLT - inner) * scale).astype(dtype)
+            d_q_BNLH += jnp.einsum("BNLT,BNTH->BNLH", d_scores_BNLT, k_BNTH, preferred_element_type=jnp.float32)
+            d_k_BNHS = _added(d_k_BNHS, number, q_turned, d_scores_BNLT)
+            d_v_BNHS = _added(d_v_BNHS, number, d_out_turned, weights_BNLT.astype(dtype))
+            return d_q_BNLH, d_k_BNHS, d_v_BNHS
+
+        start = (jnp.zeros(q.shape, jnp.float32), d_k_BNHS, d_v_BNHS)
+        d_q_BNLH, d_k_BNHS, d_v_BNHS = jax.lax.fori_loop(*_keys_of(here), pull, start)
+        d_q.append(d_q_BNLH.astype(dtype))
     d_k_BNSH, d_v_BNSH = (x.swapaxes(2, 3).astype(dtype) for x in (d_k_BNHS, d_v_BNHS))
     return jnp.concatenate(d_q, axis=2), d_k_BNSH, d_v_BNSH, None
 
 
-def _add_to_first(total_BNHS: jax.Array, part_BNHT: jax.Array) -> jax.Array:
-    """Adds to the first T of S keys, in place: a sum of padded parts would be left to whoever reads it."""
-    first_BNHT = total_BNHS[..., : part_BNHT.shape[3]] + part_BNHT
-    return jax.lax.dynamic_update_slice_in_dim(total_BNHS, first_BNHT, 0, axis=3)
+def _added(total_BNHS: jax.Array, number: jax.Array, x_BNHL: jax.Array, y_BNLT: jax.Array) -> jax.Array:
+    """The total with the product of `x` and `y` added to one block of keys, in place.
+
+    Taken as [H, L] by [L, T]: on CPU an operand that has to be turned around is slow, and `x` is small.
+    """
+    part_BNHT, start = _cut(number, total_BNHS, 3)
+    part_BNHT += jnp.einsum("BNHL,BNLT->BNHT", x_BNHL, y_BNLT, preferred_element_type=jnp.float32)
+    return jax.lax.dynamic_update_slice_in_dim(total_BNHS, part_BNHT, start, axis=3)
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)

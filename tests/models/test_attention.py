@@ -72,9 +72,22 @@ def test_blocked_sees_all_of_each_document(lengths):
     assert_close(value_and_gradients(arrays, segments, "blocked"), value_and_gradients(arrays, segments, "reference"))
 
 
+def test_blocked_never_reads_blocks_of_other_documents():
+    """What is not a number stays where it is: the second document has the values and gradients that it has alone."""
+    arrays, _ = packed_rows(1, 1024, 2, 2, 8)
+    border = attention_kernels.QUERIES_LENGTH
+    segments = np.repeat([[1, 2]], border, axis=1).astype(np.int32)
+    q, k, v, probe = arrays
+    spoiled = [q, k.at[:, :border].set(jnp.nan), v.at[:, :border].set(jnp.nan), probe]
+    alone = [x[:, border:] for x in arrays]
+    have, want = (value_and_gradients(x, s, "blocked") for x, s in ((spoiled, segments), (alone, segments[:, border:])))
+    assert np.isnan(have[0][:, :border]).all()
+    assert_close([x[:, border:] for x in have], want)
+
+
 def test_blocked_sees_a_document_in_two_places():
-    arrays, _ = packed_rows(1, 512, 2, 2, 8)
-    segments = np.repeat([[1, 2, 3, 1]], 128, axis=0).T.reshape(1, 512)
+    arrays, _ = packed_rows(1, 1536, 2, 2, 8)
+    segments = np.repeat([[1, 2, 3, 1, 1, 0]], 256, axis=1)
     assert_close(value_and_gradients(arrays, segments, "blocked"), value_and_gradients(arrays, segments, "reference"))
 
 
