@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aromni_jax import optim, partitioning
+from aromni_jax import optim
 from aromni_jax.config import OptimizerConfig
 from aromni_jax.models.config import resolve_model
 from aromni_jax.models.decoder import Decoder
@@ -36,6 +36,7 @@ def test_schedule_that_does_not_fit_is_refused():
 
 
 def test_decay_mask_covers_the_model_and_refuses_the_unknown():
+    ids = jnp.zeros((1, 2), jnp.int32)
     boxed = jax.eval_shape(Decoder(resolve_model("debug", 32, 8)).init, jax.random.PRNGKey(0), ids, ids, ids)["params"]
     mask = optim.decay_mask(boxed)
     leaves = jax.tree_util.tree_leaves_with_path(mask)

@@ -292,38 +292,51 @@ def _block_forward(
 
 def _blocked_backward(saved: tuple[Any, ...], d_out_BNLH: jax.Array) -> tuple[jax.Array | None, ...]:
     q_BNLH, k_BNSH, v_BNSH, places, out_BNLH, log_z_BNL1 = saved
-    scale, dtype = q_BNLH.shape[-1] ** -0.5, q_BNLH.dtype
     inner_BNL1 = jnp.sum(out_BNLH.astype(jnp.float32) * d_out_BNLH.astype(jnp.float32), axis=-1, keepdims=True)
     d_q = []
     d_k_BNHS = d_v_BNHS = jnp.zeros((*k_BNSH.shape[:2], k_BNSH.shape[3], k_BNSH.shape[2]), jnp.float32)
     for block in _blocks(q_BNLH.shape[2]):
-        q, d_out, inner, log_z = (x[:, :, block] for x in (q_BNLH, d_out_BNLH, inner_BNL1, log_z_BNL1))
-        q_turned, d_out_turned = q.swapaxes(2, 3), d_out.swapaxes(2, 3)
-        here = _places_of(block, places)
-
-        def pull(number: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            d_q_BNLH, d_k_BNHS, d_v_BNHS = so_far
-            k_BNTH, v_BNTH = (_cut(number, x, 2)[0] for x in (k_BNSH, v_BNSH))
-            weights_BNLT = jnp.exp(_block_scores(q, k_BNSH, here, number) - log_z)
-            d_weights_BNLT = jnp.einsum("BNLH,BNTH->BNLT", d_out, v_BNTH, preferred_element_type=jnp.float32)
-            d_scores_BNLT = (weights_BNLT * (d_weights_BNLT - inner) * scale).astype(dtype)
-            d_q_BNLH += jnp.einsum("BNLT,BNTH->BNLH", d_scores_BNLT, k_BNTH, preferred_element_type=jnp.float32)
-            d_k_BNHS = _added(d_k_BNHS, number, q_turned, d_scores_BNLT)
-            d_v_BNHS = _added(d_v_BNHS, number, d_out_turned, weights_BNLT.astype(dtype))
-            return d_q_BNLH, d_k_BNHS, d_v_BNHS
-
-        start = (jnp.zeros(q.shape, jnp.float32), d_k_BNHS, d_v_BNHS)
-        d_q_BNLH, d_k_BNHS, d_v_BNHS = jax.lax.fori_loop(*_keys_of(here), pull, start)
-        d_q.append(d_q_BNLH.astype(dtype))
-    d_k_BNSH, d_v_BNSH = (x.swapaxes(2, 3).astype(dtype) for x in (d_k_BNHS, d_v_BNHS))
+        of_queries = tuple(x[:, :, block] for x in (q_BNLH, d_out_BNLH, inner_BNL1, log_z_BNL1))
+        d_q_BNLH, d_k_BNHS, d_v_BNHS = _block_backward(
+            of_queries, k_BNSH, v_BNSH, _places_of(block, places), d_k_BNHS, d_v_BNHS
+        )
+        d_q.append(d_q_BNLH)
+    d_k_BNSH, d_v_BNSH = (x.swapaxes(2, 3).astype(q_BNLH.dtype) for x in (d_k_BNHS, d_v_BNHS))
     return jnp.concatenate(d_q, axis=2), d_k_BNSH, d_v_BNSH, None
 
 
-def _added(total_BNHS: jax.Array, number: jax.Array, x_BNHL: jax.Array, y_BNLT: jax.Array) -> jax.Array:
-    """The total with the product of `x` and `y` added to one block of keys, in place.
+def _block_backward(
+    of_queries: tuple[jax.Array, ...],
+    k_BNSH: jax.Array,
+    v_BNSH: jax.Array,
+    places: _Places,
+    d_k_BNHS: jax.Array,
+    d_v_BNHS: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(gradient of a block of queries, both totals with what it adds to those of keys and values)."""
+    q_BNLH, d_out_BNLH, inner_BNL1, log_z_BNL1 = of_queries
+    # Sums over queries are taken as [H, L] by [L, T]: on CPU an operand that has to be turned around is slow, and what
+    # is turned here is small.
+    q_BNHL, d_out_BNHL = q_BNLH.swapaxes(2, 3), d_out_BNLH.swapaxes(2, 3)
+    scale, dtype = q_BNLH.shape[-1] ** -0.5, q_BNLH.dtype
 
-    Taken as [H, L] by [L, T]: on CPU an operand that has to be turned around is slow, and `x` is small.
-    """
+    def pull(number: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        d_q_BNLH, d_k_BNHS, d_v_BNHS = so_far
+        k_BNTH, v_BNTH = (_cut(number, x, 2)[0] for x in (k_BNSH, v_BNSH))
+        weights_BNLT = jnp.exp(_block_scores(q_BNLH, k_BNSH, places, number) - log_z_BNL1)
+        d_weights_BNLT = jnp.einsum("BNLH,BNTH->BNLT", d_out_BNLH, v_BNTH, preferred_element_type=jnp.float32)
+        d_scores_BNLT = (weights_BNLT * (d_weights_BNLT - inner_BNL1) * scale).astype(dtype)
+        d_q_BNLH += jnp.einsum("BNLT,BNTH->BNLH", d_scores_BNLT, k_BNTH, preferred_element_type=jnp.float32)
+        d_k_BNHS = _added(d_k_BNHS, number, q_BNHL, d_scores_BNLT)
+        return d_q_BNLH, d_k_BNHS, _added(d_v_BNHS, number, d_out_BNHL, weights_BNLT.astype(dtype))
+
+    start = (jnp.zeros(q_BNLH.shape, jnp.float32), d_k_BNHS, d_v_BNHS)
+    d_q_BNLH, d_k_BNHS, d_v_BNHS = jax.lax.fori_loop(*_keys_of(places), pull, start)
+    return d_q_BNLH.astype(dtype), d_k_BNHS, d_v_BNHS
+
+
+def _added(total_BNHS: jax.Array, number: jax.Array, x_BNHL: jax.Array, y_BNLT: jax.Array) -> jax.Array:
+    """The total with the product of `x` and `y` added to one block of keys, in place."""
     part_BNHT, start = _cut(number, total_BNHS, 3)
     part_BNHT += jnp.einsum("BNHL,BNLT->BNHT", x_BNHL, y_BNLT, preferred_element_type=jnp.float32)
     return jax.lax.dynamic_update_slice_in_dim(total_BNHS, part_BNHT, start, axis=3)
