@@ -217,11 +217,11 @@ class _Job:
                 "`--config.max_bad_fraction`"
             )
         write_atomically(self.directory / QUARANTINE_FILE, "".join(lines), self.suffix)
-        if not (self.directory / "tokenizers").exists():
+        if not (self.directory / records.TOKENIZERS_DIR).exists():
             temporary = self.directory / f".tmp-tokenizers-{self.suffix}"
             self.bundle.save(temporary, self.vocab)
             try:
-                os.rename(temporary, self.directory / "tokenizers")
+                os.rename(temporary, self.directory / records.TOKENIZERS_DIR)
             except OSError:  # another process was first; both wrote the same files
                 shutil.rmtree(temporary)
         records.finalize(

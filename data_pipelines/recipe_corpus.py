@@ -16,7 +16,7 @@ import numpy as np
 
 from aromni_jax.structs import Modality, Role, Task
 from aromni_jax.vocab import JointVocab
-from data_pipelines.records import VOCAB_FILE, StoredExample, finalize, write_shard
+from data_pipelines.records import TOKENIZERS_DIR, VOCAB_FILE, StoredExample, finalize, write_shard
 
 SHARES = {Task.TEXT: 0.5, Task.TEXT_TO_IMAGE: 1.0, Task.SPEECH_TO_TEXT: 2.0}
 """Task -> its share of documents, the recipe's text : image : speech."""
@@ -41,7 +41,7 @@ def write_recipe_corpus(directory: pathlib.Path, num_documents: int, seed: int =
     """A finished data set of `num_documents` such documents under the released vocabulary, whose tokenizers are that
     vocabulary and nothing else: there is nothing that they could decode."""
     vocab = JointVocab.released()
-    tokenizers = directory / "tokenizers"
+    tokenizers = directory / TOKENIZERS_DIR
     tokenizers.mkdir(parents=True, exist_ok=True)
     (tokenizers / VOCAB_FILE).write_text(vocab.to_json(), encoding="utf-8")
     lengths_N, tasks_N = recipe_lengths(num_documents, seed)

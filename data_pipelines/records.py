@@ -35,7 +35,7 @@ from aromni_jax.vocab import JointVocab
 from data_pipelines.open_shards import READER_OPTIONS, OpenShards, Shard
 
 FORMAT_VERSION = 1
-DATASET_FILE, VOCAB_FILE = "dataset.json", "vocab.json"
+DATASET_FILE, VOCAB_FILE, TOKENIZERS_DIR = "dataset.json", "vocab.json", "tokenizers"
 UNIGRAM_FILE = "unigram.npy"
 _CHECKSUM = "checksum"
 _WRITER_OPTIONS = "group_size:1,zstd:1"

@@ -17,7 +17,7 @@ from aromni_jax.config import DataConfig, LossConfig
 from aromni_jax.structs import Example, Modality, Role, Span, Task
 from data_pipelines.mixing import Mixture
 from data_pipelines.planned_rows import PlannedRows
-from data_pipelines.records import TokenDataset, read_vocab
+from data_pipelines.records import TOKENIZERS_DIR, TokenDataset, read_vocab
 from data_pipelines.weighting import to_targets, weight_table
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class SpanView:
     def __init__(self, data_dir: pathlib.Path, bundle: TokenizerBundle | None = None) -> None:
         """`bundle` is loaded from the data set where none is given; ValueError when it is no data set."""
         self.vocab = read_vocab(data_dir)
-        self.bundle = bundle or _load_bundle(data_dir / "tokenizers")
+        self.bundle = bundle or _load_bundle(data_dir / TOKENIZERS_DIR)
 
     def content(self, example: Example, span: Span) -> str:
         """What a span says: decoded text, the name of a control token, or the number of codes."""

@@ -42,10 +42,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         else:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "recipe"
         if not directory.exists():
+            from aromni_jax.interop.container import whole_directory
             from data_pipelines.recipe_corpus import write_recipe_corpus
 
             print(f"writing {_DOCUMENTS:,} documents with the lengths of the recipe to {directory}", flush=True)
-            write_recipe_corpus(directory, _DOCUMENTS)
+            with whole_directory(directory) as unfinished:
+                write_recipe_corpus(unfinished, _DOCUMENTS)
         return {"data": _measured(directory, args.repeats) | {"device": device}}
 
 

@@ -12,9 +12,7 @@ import numpy as np
 from aromni_jax.config import TrainConfig
 from aromni_jax.vocab import JointVocab
 from data_pipelines.pipeline import BatchIterator, make_train_iterator
-
-VOCAB_FILE = "vocab.json"
-TOKENIZERS = "tokenizers"
+from data_pipelines.records import TOKENIZERS_DIR, VOCAB_FILE
 
 _RELEASED_FROM_LENGTH = 2048
 """Synthetic rows this long hold pictures of the released layout (1024 codes), so large models meet its 65,536 rows."""
@@ -106,12 +104,12 @@ def _tokenizers_of(config: TrainConfig) -> pathlib.Path:
     if "path" not in entry:
         raise ValueError(f"config key 'data.mixture.{name}.path': missing; give the folder `aromni pretokenize` wrote")
     directory = pathlib.Path(entry["path"])
-    if not (directory / TOKENIZERS / VOCAB_FILE).is_file():
+    if not (directory / TOKENIZERS_DIR / VOCAB_FILE).is_file():
         raise ValueError(
-            f"config key 'data.mixture.{name}.path': {directory} is not a pre-tokenized data set (no {TOKENIZERS}/"
+            f"config key 'data.mixture.{name}.path': {directory} is not a pre-tokenized data set (no {TOKENIZERS_DIR}/"
             f"{VOCAB_FILE}); make it with `aromni pretokenize`, or try the machine with --config.data.mixture=synthetic"
         )
-    return directory / TOKENIZERS
+    return directory / TOKENIZERS_DIR
 
 
 def _read_vocab(tokenizers: pathlib.Path) -> JointVocab:

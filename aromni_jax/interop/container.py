@@ -54,7 +54,7 @@ def whole_directory(output: Path, *, replaces: str | None = None) -> Iterator[Pa
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
     except PermissionError:
-        raise ValueError(f"cannot write in {output.parent}; choose an --output you have rights to") from None
+        raise ValueError(f"cannot write in {output.parent}; name a directory where you may") from None
     try:
         temporary.chmod(0o755)
         yield temporary
