@@ -95,7 +95,7 @@ def answers_to(tables, state, kind_B, favourite_B, keys_B, limits_B, *, vocab):
     return tokens_TB.T, (~done_TB).sum(0)
 
 
-@pytest.mark.computes
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "vocab_name, config_name", [("one codebook", "released"), ("three codebooks", "everything at once")]
 )

@@ -287,6 +287,7 @@ def image_batch(seed: int, rows: int) -> PackedBatch:
     )
 
 
+@pytest.mark.optimized
 def test_copy_probe():
     """METHOD 8.2: only the state that has read a random code can name it; the state that predicts it cannot."""
     final = {}

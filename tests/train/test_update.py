@@ -23,6 +23,8 @@ from launch import plan_search
 from launch.flags import load_config
 from tests.fixtures.tpu_compiler import needs_tpu_compiler
 
+pytestmark = pytest.mark.optimized
+
 BF16 = dict(dtype="bfloat16", param_dtype="bfloat16")
 FACTS = RunFacts({}, "vocab", "data", {}, {})
 
