@@ -1,4 +1,4 @@
-"""Eight fake CPU devices for every test, set before jax starts; programs that compile fast; signals as of a terminal."""
+"""Eight fake CPU devices, set before jax starts; programs that compile fast; signals as a terminal gives them."""
 
 import os
 import signal
