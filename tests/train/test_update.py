@@ -23,8 +23,6 @@ from launch import plan_search
 from launch.flags import load_config
 from tests.fixtures.tpu_compiler import needs_tpu_compiler
 
-pytestmark = pytest.mark.optimized
-
 BF16 = dict(dtype="bfloat16", param_dtype="bfloat16")
 FACTS = RunFacts({}, "vocab", "data", {}, {})
 
@@ -61,6 +59,7 @@ def assert_equal(left, right):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.optimized
 def test_all_types_of_weights_start_from_the_same_values():
     states = [init_state(model_config(**c), config_of(), one_device(), frozen()) for c in ({}, BF16)]
     assert states[0].master == {}
@@ -98,6 +97,7 @@ def test_masters_move_as_float32_weights_that_are_rounded_for_each_forward_pass(
     assert_equal(state.params, jax.tree.map(lambda w: w.astype(jnp.bfloat16), state.master))
 
 
+@pytest.mark.optimized
 def test_the_first_step_is_that_of_float32_weights():
     """Norms start at 1, and all matrices are rounded in the forward pass anyway: only then do norms differ. The
     perceptual head computes in float32, so it is left out."""
