@@ -198,7 +198,10 @@ def _quarantine(dataset: TokenDataset) -> dict[str, Any]:
         entry = json.loads(line)
         first = examples.setdefault(entry["stage"], [])
         if len(first) < _EXAMPLES_PER_STAGE:
-            first.append({key: entry[key] for key in ("where", "key", "error")})
+            # Errors of sources name the place themselves.
+            is_placed = entry["error"].startswith(entry["where"])
+            error = entry["error"] if is_placed else f"{entry['where']}: {entry['error']}"
+            first.append({"where": entry["where"], "key": entry["key"], "error": error})
     return {"by_stage": by_stage, "examples": examples}
 
 
@@ -243,16 +246,10 @@ def survey_text(numbers: dict[str, Any]) -> str:
     lines += ["", f"documents that teach the same as an earlier one: {numbers['copies']:,}"]
     lines += ["left out or cut: " + (_counted(quarantine["by_stage"]) or "nothing")]
     for stage, examples in quarantine["examples"].items():
-        lines += [f"  {stage}: {_placed(example)}" for example in examples]
+        lines += [f"  {stage}: {example['error']}" for example in examples]
     if numbers["unclaimed"]:
         lines.append(unclaimed_text(numbers["unclaimed"]))
     return "\n".join(lines) + "\n"
-
-
-def _placed(example: dict[str, Any]) -> str:
-    """The error of a record after its place, which errors of sources name themselves."""
-    where, error = example["where"], example["error"]
-    return error if error.startswith(where) else f"{where}: {error}"
 
 
 def _counted(by_stage: dict[str, int]) -> str:

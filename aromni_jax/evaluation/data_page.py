@@ -162,7 +162,7 @@ def _quarantine(numbers: Mapping[str, Any]) -> str:
         return tag("p", "Nothing.") + copies
     lines = []
     for stage, count in sorted(by_stage.items(), key=lambda item: -item[1]):
-        told = [f"{escape(e['where'])}: {escape(e['error'])}" for e in examples.get(stage, ())]
+        told = [escape(example["error"]) for example in examples.get(stage, ())]
         lines.append([_name(stage), f"{count:,}", "<br>".join(told)])
     return table(["stage", "records", "the first"], lines, (1,)) + copies
 

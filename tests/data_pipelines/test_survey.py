@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -113,6 +115,19 @@ def test_page_shows_documents_and_reasons(tmp_path: pathlib.Path):
     shard.write_bytes(content.tobytes())
     everything = sample_documents(data, per_task=40, bundle=fake_bundle())
     assert [sample["key"] for sample in everything if sample["parts"][0]["role"] == "damaged"]
+
+
+def test_a_place_is_named_once(tmp_path: pathlib.Path):
+    data = make_dataset(tmp_path, 40, max_tokens=40)
+    file = data / "quarantine.jsonl"
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    entries[1]["error"] = f"{entries[1]['where']}, feature image: no picture"  # as sources say it
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    numbers = survey(data, sequence_length=20, loss=LOSS)
+    page = render_data_page(numbers, ways_to_batch(numbers["rows"]), [])
+    for text in (survey_text(numbers), html.unescape(page)):
+        for entry in entries[:2]:
+            assert len(re.findall(rf"{re.escape(entry['where'])}[:,]", text)) == 1
 
 
 def test_the_command_prints_and_writes(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture):
