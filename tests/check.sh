@@ -10,9 +10,10 @@ venv=.venv-check
   || { echo "tests/check.sh: needs Python >= 3.11; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 if [ ! -x "$venv/bin/python" ]; then "$python" -m venv "$venv"; fi
 . "$venv/bin/activate"
-# torch first and pinned: a resolver asked for plain torch takes gigabytes of CUDA packages.
-pip install --quiet --disable-pip-version-check "torch==2.13.0"
-pip install --quiet --disable-pip-version-check -e ".[dev]"
+# torch first and pinned: a resolver asked for plain torch takes gigabytes of CUDA packages. Byte code comes with the
+# first import: pip would make it of every file, most of which nobody imports, and takes a minute or more for that.
+pip install --quiet --disable-pip-version-check --no-compile "torch==2.13.0"
+pip install --quiet --disable-pip-version-check --no-compile -e ".[dev]"
 export JAX_PLATFORMS=cpu
 cache="$(mktemp -d)"
 trap 'rm -rf "$cache"' EXIT
