@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import topologies
@@ -28,6 +28,8 @@ from aromni_jax.train.state import Frozen
 from aromni_jax.train.step import abstract_inputs, make_train_step
 from aromni_jax.train.update import HOST
 from aromni_jax.vocab import JointVocab
+
+_Found = TypeVar("_Found")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +200,11 @@ _TOO_MUCH = re.compile(r"(HLO temporaries \(|memory space hbm\. Used )(?P<total>
 _TOTAL_BYTES = re.compile(r"Memory Space: default.*\nTotal bytes: (\d+)")
 
 
-def _assigned_memory(lowered: Any, inputs: Any, dump: pathlib.Path) -> dict[str, int]:
-    """`_compiled_memory` from the compiler's memory report, which it writes long before it has made code."""
+def compile_until(lowered: Any, look: Callable[[], _Found | None]) -> tuple[_Found | None, Any]:
+    """(what `look` found among what the compiler writes, None) as soon as it finds something; else (None, executable).
+
+    Where something was found the compiler still works: only `os._exit` ends the process. Raises what the compiler does.
+    """
     compiled: list[Any] = []
     failed: list[BaseException] = []
 
@@ -212,12 +217,18 @@ def _assigned_memory(lowered: Any, inputs: Any, dump: pathlib.Path) -> dict[str,
     thread = threading.Thread(target=compile_it, daemon=True)
     thread.start()
     while thread.is_alive():
-        if total := _reported_bytes(dump):
-            return _hbm(inputs, total)
+        if found := look():
+            return found, None
         thread.join(0.5)
     if failed:
         raise failed[0]
-    return _compiled_memory(compiled[0])
+    return None, compiled[0]
+
+
+def _assigned_memory(lowered: Any, inputs: Any, dump: pathlib.Path) -> dict[str, int]:
+    """`_compiled_memory` from the compiler's memory report, which it writes long before it has made code."""
+    total, compiled = compile_until(lowered, lambda: _reported_bytes(dump))
+    return _hbm(inputs, total) if total else _compiled_memory(compiled)
 
 
 def _reported_bytes(dump: pathlib.Path) -> int | None:
