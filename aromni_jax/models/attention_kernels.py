@@ -6,6 +6,7 @@ of S tokens the L queries stand. None keeps scores for the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,11 +25,17 @@ MASKED = -1e30
 SHORT_ROW = 128
 """Rows up to this long are not worth blocks."""
 
-QUERIES_LENGTH = 512
 MAX_BLOCKS = 8
+"""Blocks of queries in blocked attention: each is compiled on its own."""
+
+WHOLE_KEYS = 1024
+WHOLE_QUERIES = 128
+"""Up to 1024 keys are one block, for at least 128 queries at a time: what two CPU cores are fastest with."""
+
 KEYS_LENGTH = 256
-"""Blocked attention takes at least 512 queries at a time, at most 8 blocks of them (each is compiled on its own), and
-256 keys: what two CPU cores are fastest with. Scores of 8 heads of one row are 4 MiB, and stay in the cache."""
+QUERIES_LENGTH = 512
+"""More go through blocks of 256, for at least 512 queries at a time. Scores of 8 heads of one row are 4 MiB, and stay
+in the cache."""
 
 _SPLASH_LANES = 128
 _SPLASH_BLOCK_LENGTH = 512
@@ -194,7 +201,8 @@ def blocked_attention(
     """Scores of one block of queries with one of keys at a time, computed again in the backward pass: [B, L, N, H].
 
     `indices_L` are the places of the queries in their row. Blocks of keys after the last query of a block are skipped,
-    and those before the first document of it.
+    and those before the first document of it. In a short row keys are one block, and it ends with the queries where
+    these are the whole row.
     """
     groups = q_BLNH.shape[2] // k_BSKH.shape[2]
     k_BSNH, v_BSNH = (jnp.repeat(x, groups, axis=2) if groups > 1 else x for x in (k_BSKH, v_BSKH))
@@ -206,18 +214,21 @@ _Places = tuple[jax.Array, jax.Array, jax.Array]
 """(places of the queries in the row [L], their segments [B, L], segments of the keys [B, S])."""
 
 
-def _blocks(num_queries: int) -> list[slice]:
-    size = max(QUERIES_LENGTH, -(-num_queries // MAX_BLOCKS))
-    return [slice(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
+def _blocks(num_queries: int, num_keys: int) -> list[tuple[slice, slice]]:
+    """(a block of queries, the keys that it may see)."""
+    is_short = num_keys <= WHOLE_KEYS
+    size = max(WHOLE_QUERIES if is_short else QUERIES_LENGTH, -(-num_queries // MAX_BLOCKS))
+    blocks = [slice(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
+    return [(block, slice(block.stop if is_short and num_queries == num_keys else num_keys)) for block in blocks]
 
 
-def _places_of(block: slice, places: _Places) -> _Places:
+def _places_of(block: slice, keys: slice, places: _Places) -> _Places:
     indices_L, queries_BL, keys_BS = places
-    return indices_L[block], queries_BL[:, block], keys_BS
+    return indices_L[block], queries_BL[:, block], keys_BS[:, keys]
 
 
 def _block_of_keys(num_keys: int) -> int:
-    return min(KEYS_LENGTH, num_keys)
+    return num_keys if num_keys <= WHOLE_KEYS else min(KEYS_LENGTH, num_keys)
 
 
 def _keys_of(places: _Places) -> tuple[jax.Array, jax.Array]:
@@ -232,14 +243,26 @@ def _keys_of(places: _Places) -> tuple[jax.Array, jax.Array]:
     return is_seen_Bj.any(0).argmax(), indices_L.max() // size + 1
 
 
-def _cut(number: jax.Array, x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+def _over_keys(
+    places: _Places,
+    step: Callable[[jax.Array | int, tuple[jax.Array, ...]], tuple[jax.Array, ...]],
+    so_far: tuple[jax.Array, ...],
+) -> tuple[jax.Array, ...]:
+    """`so_far` after `step` with the number of each block of keys that a block of queries may see."""
+    num_keys = places[2].shape[1]
+    if _block_of_keys(num_keys) == num_keys:
+        return step(0, so_far)
+    return jax.lax.fori_loop(*_keys_of(places), step, so_far)
+
+
+def _cut(number: jax.Array | int, x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """(one block of keys along `axis`, its first key). The last block of a row that does not divide begins earlier."""
     size = _block_of_keys(x.shape[axis])
     start = jnp.minimum(number * size, x.shape[axis] - size)
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis), start
 
 
-def _block_scores(q_BNLH: jax.Array, k_BNSH: jax.Array, places: _Places, number: jax.Array) -> jax.Array:
+def _block_scores(q_BNLH: jax.Array, k_BNSH: jax.Array, places: _Places, number: jax.Array | int) -> jax.Array:
     """Scores of a block of queries with one of keys, masked, float32. `places` are those of the block."""
     indices_L, queries_BL, keys_BS = places
     keys_BT, start = _cut(number, keys_BS, 1)
@@ -259,8 +282,8 @@ def _blocked_forward(
     q_BNLH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, places: _Places
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     blocks = [
-        _block_forward(q_BNLH[:, :, block], k_BNSH, v_BNSH, _places_of(block, places))
-        for block in _blocks(q_BNLH.shape[2])
+        _block_forward(q_BNLH[:, :, block], k_BNSH[:, :, keys], v_BNSH[:, :, keys], _places_of(block, keys, places))
+        for block, keys in _blocks(q_BNLH.shape[2], k_BNSH.shape[2])
     ]
     out_BNLH, log_z_BNL1 = (checkpoint_name(jnp.concatenate(parts, axis=2), ATTENDED) for parts in zip(*blocks))
     return out_BNLH, (q_BNLH, k_BNSH, v_BNSH, places, out_BNLH, log_z_BNL1)
@@ -271,7 +294,7 @@ def _block_forward(
 ) -> tuple[jax.Array, jax.Array]:
     """(what a block of queries gets, logarithm of the sum of its powers)."""
 
-    def attend(number: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def attend(number: jax.Array | int, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         out_BNLH, largest_BNL1, z_BNL1 = so_far
         scores_BNLT = _block_scores(q_BNLH, k_BNSH, places, number)
         larger_BNL1 = jnp.maximum(largest_BNL1, scores_BNLT.max(axis=-1, keepdims=True))
@@ -286,19 +309,32 @@ def _block_forward(
 
     zeros_BNLH, zeros_BNL1 = jnp.zeros(q_BNLH.shape, jnp.float32), jnp.zeros((*q_BNLH.shape[:3], 1), jnp.float32)
     start = (zeros_BNLH, zeros_BNL1 + MASKED, zeros_BNL1)
-    out_BNLH, largest_BNL1, z_BNL1 = jax.lax.fori_loop(*_keys_of(places), attend, start)
+    out_BNLH, largest_BNL1, z_BNL1 = _over_keys(places, attend, start)
     return (out_BNLH / z_BNL1).astype(q_BNLH.dtype), largest_BNL1 + jnp.log(z_BNL1)
 
 
 def _blocked_backward(saved: tuple[Any, ...], d_out_BNLH: jax.Array) -> tuple[jax.Array | None, ...]:
     q_BNLH, k_BNSH, v_BNSH, places, out_BNLH, log_z_BNL1 = saved
     inner_BNL1 = jnp.sum(out_BNLH.astype(jnp.float32) * d_out_BNLH.astype(jnp.float32), axis=-1, keepdims=True)
+    # Sums over queries are taken as [H, L] by [L, T]: on CPU an operand that has to be turned around is slow, and what
+    # is turned here is small. All of it: XLA would leave a block of it to the product.
+    q_BNHL, d_out_BNHL = q_BNLH.swapaxes(2, 3), d_out_BNLH.swapaxes(2, 3)
     d_q = []
     d_k_BNHS = d_v_BNHS = jnp.zeros((*k_BNSH.shape[:2], k_BNSH.shape[3], k_BNSH.shape[2]), jnp.float32)
-    for block in _blocks(q_BNLH.shape[2]):
+    for block, keys in _blocks(q_BNLH.shape[2], k_BNSH.shape[2]):
         of_queries = tuple(x[:, :, block] for x in (q_BNLH, d_out_BNLH, inner_BNL1, log_z_BNL1))
-        d_q_BNLH, d_k_BNHS, d_v_BNHS = _block_backward(
-            of_queries, k_BNSH, v_BNSH, _places_of(block, places), d_k_BNHS, d_v_BNHS
+        of_queries += tuple(x[..., block] for x in (q_BNHL, d_out_BNHL))
+        d_q_BNLH, *of_keys = _block_backward(
+            of_queries,
+            k_BNSH[:, :, keys],
+            v_BNSH[:, :, keys],
+            _places_of(block, keys, places),
+            d_k_BNHS[..., keys],
+            d_v_BNHS[..., keys],
+        )
+        d_k_BNHS, d_v_BNHS = (
+            jax.lax.dynamic_update_slice_in_dim(total, part, 0, axis=3)
+            for total, part in zip((d_k_BNHS, d_v_BNHS), of_keys)
         )
         d_q.append(d_q_BNLH)
     d_k_BNSH, d_v_BNSH = (x.swapaxes(2, 3).astype(q_BNLH.dtype) for x in (d_k_BNHS, d_v_BNHS))
@@ -314,13 +350,10 @@ def _block_backward(
     d_v_BNHS: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(gradient of a block of queries, both totals with what it adds to those of keys and values)."""
-    q_BNLH, d_out_BNLH, inner_BNL1, log_z_BNL1 = of_queries
-    # Sums over queries are taken as [H, L] by [L, T]: on CPU an operand that has to be turned around is slow, and what
-    # is turned here is small.
-    q_BNHL, d_out_BNHL = q_BNLH.swapaxes(2, 3), d_out_BNLH.swapaxes(2, 3)
+    q_BNLH, d_out_BNLH, inner_BNL1, log_z_BNL1, q_BNHL, d_out_BNHL = of_queries
     scale, dtype = q_BNLH.shape[-1] ** -0.5, q_BNLH.dtype
 
-    def pull(number: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def pull(number: jax.Array | int, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_q_BNLH, d_k_BNHS, d_v_BNHS = so_far
         k_BNTH, v_BNTH = (_cut(number, x, 2)[0] for x in (k_BNSH, v_BNSH))
         weights_BNLT = jnp.exp(_block_scores(q_BNLH, k_BNSH, places, number) - log_z_BNL1)
@@ -331,11 +364,11 @@ def _block_backward(
         return d_q_BNLH, d_k_BNHS, _added(d_v_BNHS, number, d_out_BNHL, weights_BNLT.astype(dtype))
 
     start = (jnp.zeros(q_BNLH.shape, jnp.float32), d_k_BNHS, d_v_BNHS)
-    d_q_BNLH, d_k_BNHS, d_v_BNHS = jax.lax.fori_loop(*_keys_of(places), pull, start)
+    d_q_BNLH, d_k_BNHS, d_v_BNHS = _over_keys(places, pull, start)
     return d_q_BNLH.astype(dtype), d_k_BNHS, d_v_BNHS
 
 
-def _added(total_BNHS: jax.Array, number: jax.Array, x_BNHL: jax.Array, y_BNLT: jax.Array) -> jax.Array:
+def _added(total_BNHS: jax.Array, number: jax.Array | int, x_BNHL: jax.Array, y_BNLT: jax.Array) -> jax.Array:
     """The total with the product of `x` and `y` added to one block of keys, in place."""
     part_BNHT, start = _cut(number, total_BNHS, 3)
     part_BNHT += jnp.einsum("BNHL,BNLT->BNHT", x_BNHL, y_BNLT, preferred_element_type=jnp.float32)

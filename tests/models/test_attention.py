@@ -54,14 +54,26 @@ def short_blocks(monkeypatch):
     monkeypatch.setattr(attention_kernels, "_SPLASH_BLOCK_LENGTH", 128)
 
 
+@pytest.fixture
+def keys_in_blocks(monkeypatch):
+    """Blocked attention takes keys of rows of any length block by block."""
+    monkeypatch.setattr(attention_kernels, "WHOLE_KEYS", 0)
+
+
+@pytest.fixture(params=["all keys at once", "keys in blocks"])
+def ways_of_keys(request):
+    if request.param == "keys in blocks":
+        request.getfixturevalue("keys_in_blocks")
+
+
 @pytest.mark.parametrize("length, num_kv_heads", [(100, 4), (128, 2), (300, 4), (513, 1)])
-def test_blocked_equals_reference(length, num_kv_heads):
+def test_blocked_equals_reference(ways_of_keys, length, num_kv_heads):
     rows = packed_rows(2, length, 4, num_kv_heads, 8)
     assert_close(value_and_gradients(*rows, "blocked"), value_and_gradients(*rows, "reference"))
 
 
 @pytest.mark.parametrize("lengths", [(900,), (128, 128, 644), (1, 300, 20, 400), (700, 190)])
-def test_blocked_sees_all_of_each_document(lengths):
+def test_blocked_sees_all_of_each_document(ways_of_keys, lengths):
     """Documents of any length, on and off the borders of blocks, other ones in the other row; padding behind them."""
     arrays, _ = packed_rows(2, 900, 2, 2, 8)
     segments = np.zeros((2, 900), np.int32)
@@ -72,7 +84,7 @@ def test_blocked_sees_all_of_each_document(lengths):
     assert_close(value_and_gradients(arrays, segments, "blocked"), value_and_gradients(arrays, segments, "reference"))
 
 
-def test_blocked_never_reads_blocks_of_other_documents():
+def test_blocked_never_reads_blocks_of_other_documents(keys_in_blocks):
     """What is not a number stays where it is: the second document has the values and gradients that it has alone."""
     arrays, _ = packed_rows(1, 1024, 2, 2, 8)
     border = attention_kernels.QUERIES_LENGTH
@@ -116,7 +128,7 @@ def test_bfloat16_stays_close_to_float32(implementation):
         ("splash", MeshConfig(2, 1, 2, 2)),
     ],
 )
-def test_rows_heads_and_length_may_be_split_over_devices(short_blocks, implementation, mesh):
+def test_rows_heads_and_length_may_be_split_over_devices(short_blocks, ways_of_keys, implementation, mesh):
     rows = packed_rows(4, 512, 4, 2, 64)
     have = value_and_gradients(*rows, implementation, partitioning.make_mesh(mesh))
     assert_close(have, value_and_gradients(*rows, "reference"))
