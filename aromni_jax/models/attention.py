@@ -26,11 +26,11 @@ def attention(
     """Self-attention of packed rows: query l sees key s when s <= l and both are of one segment. Returns [B, L, N, H].
 
     Scores are scaled by 1 / sqrt(H); softmax is in float32; N must be a multiple of K (grouped queries).
-    `implementation`: "reference" keeps all scores in memory; "blocked" works on blocks of queries and keys, skips those
-    that do not see each other, and computes scores again for the backward pass; "splash" is the Pallas kernel of TPUs,
-    interpreted on other devices (for tests); "cudnn" is cuDNN's flash attention. "auto" takes the kernel of the devices
-    of the mesh in context where it has the shapes, else blocked for rows that are not short; without a mesh no kernel,
-    because nothing says where the program will run.
+    `implementation`: "reference" keeps all scores in memory; "blocked" works on blocks of queries and, in long rows, of
+    keys, skips keys that come later and, in long rows, those of earlier documents, and computes scores again for the
+    backward pass; "splash" is the Pallas kernel of TPUs, interpreted on other devices (for tests); "cudnn" is cuDNN's
+    flash attention. "auto" takes the kernel of the devices of the mesh in context where it has the shapes, else blocked
+    for rows that are not short; without a mesh no kernel, because nothing says where the program will run.
 
     On a mesh each device attends for its own rows, heads and queries; where rows are split (the context axis), it
     gathers their keys and values.
