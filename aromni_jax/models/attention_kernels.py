@@ -317,7 +317,7 @@ def _blocked_backward(saved: tuple[Any, ...], d_out_BNLH: jax.Array) -> tuple[ja
     q_BNLH, k_BNSH, v_BNSH, places, out_BNLH, log_z_BNL1 = saved
     inner_BNL1 = jnp.sum(out_BNLH.astype(jnp.float32) * d_out_BNLH.astype(jnp.float32), axis=-1, keepdims=True)
     # Sums over queries are taken as [H, L] by [L, T]: on CPU an operand that has to be turned around is slow, and what
-    # is turned here is small. All of it: XLA would leave a block of it to the product.
+    # is turned here is small.
     q_BNHL, d_out_BNHL = q_BNLH.swapaxes(2, 3), d_out_BNLH.swapaxes(2, 3)
     d_q = []
     d_k_BNHS = d_v_BNHS = jnp.zeros((*k_BNSH.shape[:2], k_BNSH.shape[3], k_BNSH.shape[2]), jnp.float32)

@@ -128,9 +128,16 @@ def test_bfloat16_stays_close_to_float32(implementation):
         ("splash", MeshConfig(2, 1, 2, 2)),
     ],
 )
-def test_rows_heads_and_length_may_be_split_over_devices(short_blocks, ways_of_keys, implementation, mesh):
+def test_rows_heads_and_length_may_be_split_over_devices(short_blocks, implementation, mesh):
     rows = packed_rows(4, 512, 4, 2, 64)
     have = value_and_gradients(*rows, implementation, partitioning.make_mesh(mesh))
+    assert_close(have, value_and_gradients(*rows, "reference"))
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 1, 2), MeshConfig(1, 2, 4, 1)])
+def test_rows_whose_keys_come_in_blocks_may_be_split_over_devices(keys_in_blocks, mesh):
+    rows = packed_rows(4, 1024, 4, 2, 64)
+    have = value_and_gradients(*rows, "blocked", partitioning.make_mesh(mesh))
     assert_close(have, value_and_gradients(*rows, "reference"))
 
 
